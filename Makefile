@@ -1,0 +1,82 @@
+# Every target sets itself up: the first one that you call makes .venv and installs into it.
+#   make PYTHON=python3.12 ...    another interpreter (3.11 or newer) for .venv
+#   make WORKERS=8 test           more test processes
+
+PYTHON  ?= python3
+WORKERS ?= 2
+RUN     ?= tinystories
+
+VENV  := .venv
+BIN   := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.installed
+
+PREFECT_ADDRESS := http://127.0.0.1:4200
+MLFLOW_PORT     := 5000
+
+# Stages are called as `python -m flows.stage`: that python must be ours.
+export PATH := $(BIN):$(PATH)
+
+# Nothing here reports home. `true`, not 1: MLflow ignores DO_NOT_TRACK=1.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export ITERATIVE_DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo repro test lint format server worker mlflow clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## install everything into .venv (each target below does it too)
+
+# One rule for the environment: redone when the dependencies or their versions change.
+# A torch build that is already in .venv is kept when its version is the one of constraints.txt.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found: make PYTHON=python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; some minutes the first time)"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## corpus to report on the embedded model and stories; a few minutes on a CPU (RUN=... for another run)
+	@$(BIN)/python -m flows.pipeline $(RUN)
+
+repro: $(STAMP)  ## run what is out of date, for every run of params/active.yaml (dvc repro)
+	@$(BIN)/dvc repro
+
+test: $(STAMP)  ## all tests, no network
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+lint: $(STAMP)  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+server: $(STAMP)  ## Prefect's server and UI on http://127.0.0.1:4200
+	@$(BIN)/prefect server start --host 127.0.0.1
+
+worker: export PREFECT_API_URL := $(PREFECT_ADDRESS)/api
+worker: $(STAMP)  ## a worker on the process pool `local`; needs `make server` in another terminal
+	@$(BIN)/python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' $(PREFECT_API_URL)/health 2>/dev/null \
+		|| { echo "no Prefect server at $(PREFECT_ADDRESS): run 'make server' in another terminal first"; exit 1; }
+	@$(BIN)/prefect work-pool inspect local >/dev/null 2>&1 || $(BIN)/prefect work-pool create local --type process
+	@$(BIN)/prefect worker start --pool local --limit 1
+
+# Without its job consumers the server needs 0.5 GB instead of 2.4 GB.
+mlflow: export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+mlflow: $(STAMP)  ## MLflow's UI on http://127.0.0.1:5000
+	@$(BIN)/mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
+		--backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+clean:  ## remove all that runs and tests make, results and DVC's cache included; .venv stays
+	rm -rf artifacts .work .prefect mlruns mlartifacts mlflow.db mlflow.db-* dvc_plots
+	rm -rf .dvc/cache .dvc/tmp .pytest_cache .ruff_cache .hypothesis build dist
+	find benchmarks flows influence tasks tests -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,1 @@
+"""Composition only: which stage runs, where its work lies, and who is told."""

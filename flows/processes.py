@@ -1,0 +1,60 @@
+"""Processes that do not outlive their parents."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+GRACE = 5.0  # seconds between the request to end and the kill
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """End this process when its parent dies: asked at once (Linux), killed after `GRACE`.
+
+    Killing it is safe: files of shards are there whole or not at all.
+    """
+    parent = os.getppid()
+    signal_at_parents_death()
+    threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def signal_at_parents_death() -> None:
+    """Have the kernel send SIGTERM when the parent dies; only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """End a process and all of its group: SIGTERM, then SIGKILL after `GRACE`."""
+    _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and _group_lives(process):
+        process.poll()
+        time.sleep(0.1)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _group_lives(process: subprocess.Popen[str]) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

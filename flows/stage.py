@@ -1,0 +1,147 @@
+"""`python -m flows.stage STAGE RUN`: the command of each DVC stage, one Prefect flow.
+
+All that can be wrong with the input is checked before the work starts. The flow nests under the
+pipeline's task when there is one, and runs on a server of its own when there is none.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from flows import environment
+from flows.processes import end_with_parent
+from tasks import dvcstage, workspace
+from tasks.active import check_active, check_inputs
+from tasks.params import load_params
+from tasks.progress import duration, say
+from tasks.workspace import STAGES, StageContext
+
+USER_ERRORS = (ValueError, OSError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage; the exit status: 0, 1 after an error, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m flows.stage", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("run", help="name of a run: params/RUN.yaml")
+    given = parser.parse_args(arguments)
+    label, start = f"{given.stage}@{given.run}", time.monotonic()
+    if "DVC_STAGE" in os.environ:
+        end_with_parent()
+    try:
+        error = run_stage(open_stage(Path.cwd(), given.stage, given.run))
+    except USER_ERRORS as raised:
+        error = raised
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{label}: stopped; finished shards are kept\n")
+        return 130
+    if error is not None:
+        _complain(label, error)
+        return 1
+    say(f"{label}: done in {duration(time.monotonic() - start)}")
+    return 0
+
+
+def open_stage(start: Path, stage: str, run: str) -> StageContext:
+    """The context of a stage, after all that can be checked before the work.
+
+    Raises:
+        ValueError: naming the file and key that is wrong.
+    """
+    root = workspace.find_root(start)
+    environment.set_environment(root)
+    params = load_params(root, run)
+    check_active(root, run, params)
+    check_inputs(root, run, params)
+    environment.check_server()
+    fingerprint = dvcstage.input_fingerprint(root, stage, run, params.runtime)
+    return StageContext(run, stage, params, root, fingerprint)
+
+
+def run_stage(context: StageContext) -> BaseException | None:
+    """Run the stage's flow to its end; what it failed with, if it failed."""
+    from prefect.flow_engine import run_flow_sync
+
+    flow = stage_flow(context)
+    parameters = {"stage": context.stage, "run": context.run}
+    flow_run = _nested_run(flow, parameters)
+    state = run_flow_sync(flow, flow_run, parameters, return_type="state")
+    result = state.result(raise_on_failure=False)
+    return result if isinstance(result, BaseException) else None
+
+
+def stage_flow(context: StageContext) -> Any:
+    """The Prefect flow of one stage."""
+    from prefect import flow
+    from prefect.states import Failed
+
+    from tasks.shards import task_runner
+
+    def stage_of_run(stage: str, run: str) -> Any:
+        try:
+            work(dataclasses.replace(context, tags=_tags()))
+        except USER_ERRORS as error:
+            return Failed(message=str(error), data=error)
+        return f"{stage}@{run}"
+
+    return flow(
+        name="stage",
+        flow_run_name=f"{context.stage}@{context.run}",
+        description=__doc__,
+        task_runner=task_runner(context.params.runtime),
+        validate_parameters=False,
+        persist_result=False,
+    )(stage_of_run)
+
+
+def work(context: StageContext) -> None:
+    """Compute the stage and publish its artefact: complete, or not there."""
+    module = importlib.import_module(f"tasks.{context.stage}")
+    workspace.prepare(context)
+    module.run(context)
+    workspace.publish(context)
+
+
+def _nested_run(flow: Any, parameters: dict[str, str]) -> Any:
+    """A flow run under the pipeline's task; None if no pipeline started this stage."""
+    parent = os.environ.get(environment.PARENT_TASK_RUN)
+    if not parent:
+        return None
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return client.create_flow_run(flow, parameters=parameters, parent_task_run_id=UUID(parent))
+
+
+def _tags() -> dict[str, str]:
+    """Who runs this stage: Prefect's ids, DVC's experiment."""
+    from prefect.runtime import flow_run
+
+    tags = {"prefect.flow_run_id": str(flow_run.id), "prefect.flow_run_name": str(flow_run.name)}
+    if flow_run.root_flow_run_id:
+        tags["prefect.root_flow_run_id"] = str(flow_run.root_flow_run_id)
+    if os.environ.get(environment.API_URL) and environment.LENT_SERVER not in os.environ:
+        tags["prefect.url"] = str(flow_run.ui_url)
+    if name := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.exp"] = name
+    return tags
+
+
+def _complain(label: str, error: BaseException) -> None:
+    """One sentence for what the user can mend; for our own faults the traceback after it."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{label}: error: {error or type(error).__name__}\n")
+    if not isinstance(error, USER_ERRORS):
+        traceback.print_exception(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""One pass: layer inputs and output gradients, and no weight gradient anywhere."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from influence.layers import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class LayerIO:
+    """What a layer saw: inputs `a` (without the 1 of a bias) and output gradients `ds`.
+
+    The gradient of the loss of sequence n is Σ_t ds_nt [a_nt; 1]ᵀ (Grosse et al. 2023, Eq. 14).
+    Positions that feed no loss have ds = 0 and add nothing.
+    """
+
+    a: Float[Tensor, "n t i"]
+    ds: Float[Tensor, "n t o"]
+    has_bias: bool
+
+    def gradient(self) -> Float[Tensor, "n o d_in"]:
+        """Per-sequence gradients Σ_t ds [a; 1]ᵀ, the bias in the last column."""
+        weight = self.ds.mT @ self.a
+        if not self.has_bias:
+            return weight
+        # A sum for the bias: ones beside every activation would cost a copy of `a`.
+        return torch.cat([weight, self.ds.sum(dim=1).unsqueeze(-1)], dim=-1)
+
+
+class Capture:
+    """The open pass that `capture` yields; each `backward` returns one `LayerIO` a layer."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+
+    def backward(
+        self, objective: Float[Tensor, ""], retain_graph: bool = False
+    ) -> dict[str, LayerIO]:
+        """Differentiate a scalar by the outputs of the layers.
+
+        `retain_graph` allows another backward on the same forward. A layer that the pass did not
+        run is absent.
+
+        Raises:
+            ValueError: naming layer and sequence, if an activation is NaN or infinite.
+        """
+        if not torch.isfinite(objective):
+            self._explain_non_finite()
+        names = list(self._outputs)
+        gradients = torch.autograd.grad(
+            objective,
+            [self._outputs[name] for name in names],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        has_bias = {layer.name: layer.has_bias for layer in self._layers}
+        return {
+            name: LayerIO(
+                self._inputs[name],
+                torch.zeros_like(self._outputs[name]) if ds is None else ds,
+                has_bias[name],
+            )
+            for name, ds in zip(names, gradients, strict=True)
+        }
+
+    def _explain_non_finite(self) -> None:
+        for name, a in self._inputs.items():
+            bad = ~torch.isfinite(a).flatten(1).all(dim=1)
+            if bad.any():
+                raise NonFiniteError(name, int(bad.nonzero()[0]))
+        raise NonFiniteError("the output head", None)
+
+    def remember(self, layer: Layer, a: Tensor, output: Tensor) -> Tensor:
+        """Keep a layer's input and output; the lowest layers' outputs begin the graph."""
+        if layer.name in self._outputs:
+            raise ValueError(
+                f"layer {layer.name!r} ran twice in one pass: weight sharing is not supported; "
+                "leave this layer out of `layers`"
+            )
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        self._inputs[layer.name] = a.detach()
+        self._outputs[layer.name] = output
+        return output
+
+
+class NonFiniteError(ValueError):
+    """An activation is NaN or infinite; `row` is its sequence's place in the batch."""
+
+    def __init__(self, layer: str, row: int | None) -> None:
+        where = "" if row is None else f" in row {row} of the batch"
+        super().__init__(
+            f"the input of layer {layer!r} is NaN or infinite{where}; check the checkpoint, or "
+            "run the pass in float32"
+        )
+        self.layer, self.row = layer, row
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Capture]:
+    """Open a pass over `model`: run it once inside the block, then call `Capture.backward`.
+
+    No parameter requires a gradient inside the block, so autograd forms no weight gradient, and
+    the graph begins at the outputs of the lowest layers, so nothing flows below them. Hooks are
+    removed and `requires_grad` is put back when the block ends, also by an exception.
+    """
+    captured = Capture(layers)
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = []
+
+    def hook(layer: Layer):
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return captured.remember(layer, args[0], output)
+
+        return keep
+
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        for layer in layers:
+            handles.append(layer.module.register_forward_hook(hook(layer)))
+        with torch.enable_grad():
+            yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in required:
+            parameter.requires_grad_(True)

@@ -1,0 +1,101 @@
+"""The Kronecker eigenbasis Q_A ⊗ Q_S, eigenvectors in columns (Grosse et al. 2023, Eq. 18).
+
+The paper's printed Eq. 20 and 21 have the eigenvectors in rows; `torch.linalg.eigh` gives columns.
+This file owns the convention: no other file transposes a Q.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.capture import LayerIO
+
+
+@dataclass(frozen=True, slots=True)
+class Eigen:
+    """Eigenvalues in ascending order, eigenvectors in columns."""
+
+    values: Float[Tensor, " d"]
+    vectors: Float[Tensor, "d d"]
+
+
+def eigendecompose(matrix: Float[Tensor, "d d"], name: str) -> Eigen:
+    """Eigendecomposition in float64 of a symmetric matrix.
+
+    Raises:
+        ValueError: naming the factor, if it is not finite or does not converge.
+    """
+    if not torch.isfinite(matrix).all():
+        raise ValueError(
+            f"factor {name!r} holds NaN or infinity; the pass that fitted it overflowed: "
+            "fit the factors again in float32"
+        )
+    matrix = matrix.double()
+    try:
+        values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the eigendecomposition of factor {name!r} ({len(matrix)} × {len(matrix)}, trace "
+            f"{matrix.trace():.3g}) did not converge; fit on more sequences"
+        ) from error
+    return Eigen(values, vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class EigenBasis:
+    """Eigenvectors of one layer's A and S, in columns."""
+
+    Q_A: Float[Tensor, "d_in d_in"]
+    Q_S: Float[Tensor, "d_out d_out"]
+
+    def rotate(
+        self, V: Float[Tensor, "*batch {self.d_out} {self.d_in}"]
+    ) -> Float[Tensor, "*batch {self.d_out} {self.d_in}"]:
+        """unvec((Q_A ⊗ Q_S)ᵀ vec V) = Q_Sᵀ V Q_A."""
+        return self.Q_S.mT @ V @ self.Q_A
+
+    def unrotate(
+        self, R: Float[Tensor, "*batch {self.d_out} {self.d_in}"]
+    ) -> Float[Tensor, "*batch {self.d_out} {self.d_in}"]:
+        """unvec((Q_A ⊗ Q_S) vec R) = Q_S R Q_Aᵀ."""
+        return self.Q_S @ R @ self.Q_A.mT
+
+    def unrotate_outputs(
+        self, left: Float[Tensor, "*batch {self.d_out} r"]
+    ) -> Float[Tensor, "*batch {self.d_out} r"]:
+        """Q_S times a left factor, for low-rank matrices that were truncated when rotated."""
+        return self.Q_S @ left
+
+    def unrotate_inputs(
+        self, right: Float[Tensor, "*batch r {self.d_in}"]
+    ) -> Float[Tensor, "*batch r {self.d_in}"]:
+        """A right factor times Q_Aᵀ."""
+        return right @ self.Q_A.mT
+
+    def rotate_gradient(self, io: LayerIO) -> Float[Tensor, "n {self.d_out} {self.d_in}"]:
+        """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A, by the cheaper of two orders (the sum comes first or last)."""
+        if self.forms_gradient_first(io.a.shape[1]):
+            return self.rotate(io.gradient())
+        inputs = io.a @ self.Q_A[: io.a.shape[2]]
+        if io.has_bias:
+            inputs = inputs + self.Q_A[-1]
+        return (io.ds @ self.Q_S).mT @ inputs
+
+    def forms_gradient_first(self, num_positions: int) -> bool:
+        """Whether rotating the summed gradient costs fewer products than rotating each token."""
+        rotate_tokens = num_positions * (self.d_in**2 + self.d_out**2)
+        return self.d_out * self.d_in * (self.d_in + self.d_out) <= rotate_tokens
+
+    @property
+    def d_in(self) -> int:
+        return self.Q_A.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.Q_S.shape[0]
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> "EigenBasis":
+        """The same basis in the dtype and on the device of a pass."""
+        return EigenBasis(self.Q_A.to(device, dtype), self.Q_S.to(device, dtype))

@@ -1,0 +1,61 @@
+"""Low-rank query matrices (Grosse et al. 2023, §3.2.2)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """V ≈ left @ right, one matrix a query; full rank is the same type, r = min(d_out, d_in)."""
+
+    left: Float[Tensor, "q d_out r"]
+    right: Float[Tensor, "q r d_in"]
+
+    @classmethod
+    def of(cls, V: Float[Tensor, "q d_out d_in"], rank: int | None) -> "LowRank":
+        """The best approximation of V with `rank`; exact for None or a rank V cannot exceed.
+
+        Raises:
+            ValueError: if `rank` is below 1.
+        """
+        num_queries, d_out, d_in = V.shape
+        if rank is None or rank >= min(d_out, d_in):
+            eye = torch.eye(min(d_out, d_in), dtype=V.dtype, device=V.device)
+            eye = eye.expand(num_queries, -1, -1)
+            return cls(V, eye) if d_in <= d_out else cls(eye, V)
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; give at least 1, or null for full rank")
+        U, s, Vh = torch.linalg.svd(V, full_matrices=False)
+        return cls(U[..., :rank] * s[..., None, :rank], Vh[..., :rank, :])
+
+    def dense(self) -> Float[Tensor, "q d_out d_in"]:
+        """left @ right."""
+        return self.left @ self.right
+
+    def mapped(
+        self,
+        outputs: Callable[[Tensor], Tensor],
+        inputs: Callable[[Tensor], Tensor],
+    ) -> "LowRank":
+        """Both factors mapped, say out of an eigenbasis; the dense matrix is never formed."""
+        return LowRank(outputs(self.left), inputs(self.right))
+
+    def select(self, queries: Sequence[int]) -> "LowRank":
+        """The matrices of some of the queries, in the order given."""
+        return LowRank(self.left[list(queries)], self.right[list(queries)])
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
+
+    @property
+    def num_queries(self) -> int:
+        return self.left.shape[0]
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> "LowRank":
+        """The same matrices in the dtype and on the device of a pass."""
+        return LowRank(self.left.to(device, dtype), self.right.to(device, dtype))

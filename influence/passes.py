@@ -1,0 +1,52 @@
+"""One forward and backward over a batch, down to each layer's inputs and output gradients."""
+
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from influence.capture import LayerIO, NonFiniteError, capture
+from influence.layers import Layer
+from influence.objectives import forward, pseudo_loss, sample_labels
+from influence.sequences import TokenBatch
+
+Objective = Callable[[Float[Tensor, "n t v"], TokenBatch], Float[Tensor, " n"]]
+
+
+class NonFiniteSequenceError(ValueError):
+    """A pass met NaN or infinity; names the layer and the first sequence's id."""
+
+    def __init__(self, layer: str, sequence_id: int | None) -> None:
+        self.layer, self.sequence_id = layer, sequence_id
+        where = "" if sequence_id is None else f", first in sequence id {sequence_id}"
+        super().__init__(
+            f"the activations at layer {layer!r} are NaN or infinite{where}; check the "
+            "checkpoint's weights, or run the pass in float32"
+        )
+
+
+def run_pass(
+    model: nn.Module, layers: Sequence[Layer], batch: TokenBatch, objective: Objective
+) -> dict[str, LayerIO]:
+    """`LayerIO` of every layer that ran, for the sum of `objective` over the batch.
+
+    Raises:
+        NonFiniteSequenceError: if an activation is NaN or infinite.
+    """
+    try:
+        with capture(model, layers) as captured:
+            return captured.backward(objective(forward(model, batch), batch).sum())
+    except NonFiniteError as error:
+        sequence_id = None if error.row is None else int(batch.ids[error.row])
+        raise NonFiniteSequenceError(error.layer, sequence_id) from error
+
+
+def pseudo_gradients(
+    model: nn.Module, layers: Sequence[Layer], batch: TokenBatch, seed: int
+) -> dict[str, LayerIO]:
+    """`LayerIO` whose `ds` are pseudo-gradients: labels sampled from the model (Eq. 13)."""
+
+    def objective(logits: Float[Tensor, "n t v"], batch: TokenBatch) -> Float[Tensor, " n"]:
+        return pseudo_loss(logits, batch, sample_labels(logits, batch, seed))
+
+    return run_pass(model, layers, batch, objective)

@@ -1,0 +1,85 @@
+"""Batches of token sequences, and how sequences are grouped into them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Right-padded sequences; padding and other unsupervised tokens carry no loss.
+
+    Right padding needs no attention mask: under causal attention no real position can see it.
+
+    Args:
+        ids: a stable key for each sequence, independent of batch, shard and order.
+        tokens: token ids, padded on the right with any valid token.
+        supervised: ``supervised[n, t]``: token t is a target, with loss −log p(token_t | earlier).
+
+    Raises:
+        ValueError: if a first token is supervised, since nothing predicts it.
+    """
+
+    ids: Int[Tensor, " n"]
+    tokens: Int[Tensor, "n t"]
+    supervised: Bool[Tensor, "n t"]
+
+    def __post_init__(self) -> None:
+        if self.supervised[:, :1].any():
+            raise ValueError(
+                "the first token of a sequence is supervised, but no token comes before it to "
+                "predict it; set supervised[:, 0] to False"
+            )
+
+    @classmethod
+    def collate(
+        cls,
+        ids: Sequence[int],
+        tokens: Sequence[Int[Tensor, " _"]],
+        supervised: Sequence[Bool[Tensor, " _"]],
+    ) -> "TokenBatch":
+        """Pad rows of unequal length on the right."""
+        pad = torch.nn.utils.rnn.pad_sequence
+        return cls(
+            torch.as_tensor(ids, dtype=torch.int64),
+            pad([row.long() for row in tokens], batch_first=True),
+            pad(list(supervised), batch_first=True),
+        )
+
+    @property
+    def loss_positions(self) -> Bool[Tensor, "n t"]:
+        """Positions whose *next* token is supervised; the last position never is."""
+        return torch.cat([self.supervised[:, 1:], torch.zeros_like(self.supervised[:, :1])], dim=1)
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens that carry a loss."""
+        return int(self.supervised.sum())
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same batch on another device."""
+        return TokenBatch(self.ids.to(device), self.tokens.to(device), self.supervised.to(device))
+
+
+def batches_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Group rows so that rows × longest row stays within a budget, longest rows first.
+
+    Sorting by length keeps the padding small. A row longer than the budget is a batch of its own.
+
+    Returns:
+        Lists of indices into ``lengths``; each index once.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch is {tokens_per_batch}; it must be at least 1")
+    longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches: list[list[int]] = []
+    for row in longest_first:
+        # The first row of a batch is its longest, so it alone sets the padded width.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

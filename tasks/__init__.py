@@ -1,0 +1,1 @@
+"""One file a stage: read artefacts, call `influence`, write artefacts."""

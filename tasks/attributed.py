@@ -1,0 +1,82 @@
+"""A run's model with its attributed layers, and batches of its sequences, in a worker thread."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from influence.layers import Coverage, Layer, find_layers, share_inputs
+from influence.sequences import TokenBatch, batches_by_tokens
+from tasks.checkpoints import ModelReference, read_reference
+from tasks.models import model_for_thread
+from tasks.sequences import TokenStore
+from tasks.workspace import StageContext
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Attributed:
+    """A model and the layers that scores speak for."""
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    coverage: Coverage
+
+
+@dataclass(frozen=True, slots=True)
+class PassReference:
+    """All a worker needs to run passes: references and plain values, never a tensor."""
+
+    model: ModelReference
+    tokenize: Path
+    patterns: tuple[str, ...]
+    device: str
+    dtype_name: str
+    tokens_per_batch: int
+
+    @classmethod
+    def of(cls, context: StageContext) -> "PassReference":
+        """From the params and upstream artefacts of a stage."""
+        runtime = context.params.runtime
+        return cls(
+            read_reference(context.artifact("train"), context.root),
+            context.artifact("tokenize"),
+            context.params.layers,
+            resolve_device(runtime.device),
+            runtime.dtype,
+            runtime.tokens_per_batch,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    def attributed(self) -> Attributed:
+        """The model, with module objects of the calling thread's own: hooks hang on modules."""
+        model = model_for_thread(self.model, self.device, self.dtype)
+        layers, coverage = find_layers(model, self.patterns)
+        probe = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        return Attributed(model, share_inputs(model, layers, probe), coverage)
+
+    def batches(self, rows: Sequence[int]) -> Iterator[TokenBatch]:
+        """The sequences of these rows on the device, longest first, within the token budget."""
+        for batch, _ in self.batches_with_rows(rows):
+            yield batch
+
+    def batches_with_rows(self, rows: Sequence[int]) -> Iterator[tuple[TokenBatch, list[int]]]:
+        """Each batch with the rows that it holds, in its order."""
+        tokens = TokenStore.open(self.tokenize)
+        lengths = [tokens.lengths[row] for row in rows]
+        for group in batches_by_tokens(lengths, self.tokens_per_batch):
+            chosen = [rows[place] for place in group]
+            yield tokens.batch(chosen).to(self.device), chosen
+
+
+def resolve_device(name: str) -> str:
+    """`auto` takes CUDA where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,116 @@
+"""The only door to DVC: what a stage depends on, whether it is up to date, what it wrote."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tasks.params import ACTIVE, Runtime
+
+# They say how fast or by whom, and never how: a killed stage may resume under others.
+FREE_OF_PARTIALS = {"workers", "runner"}
+
+
+def input_fingerprint(root: Path, stage: str, run: str, runtime: Runtime) -> str:
+    """sha256 of all that a stage's partial results depend on.
+
+    That is what DVC sees (command, digests of code, inputs and upstream artefacts, tracked params)
+    and the runtime settings that decide how the work is cut up and rounded.
+
+    Raises:
+        ValueError: if an input is missing, or DVC has no such stage.
+    """
+    with _stage(root, stage, run) as found:
+        seen = {"cmd": found.cmd, "deps": {str(d): _value(root, found, d) for d in found.deps}}
+    seen["runtime"] = runtime.model_dump(exclude=FREE_OF_PARTIALS)
+    return sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _value(root: Path, stage: Any, dependency: Any) -> Any:
+    """The tracked values of a params file, or the digest of a file or folder."""
+    from dvc.dependency.param import ParamsDependency
+
+    if isinstance(dependency, ParamsDependency):
+        return dependency.read_params()
+    if not dependency.exists:
+        raise ValueError(
+            f"{stage.addressing} depends on {dependency}, which does not exist in {root}; run the "
+            "stages before it (`python -m flows.pipeline RUN`), or mend dvc.yaml "
+            "(`python -m flows deps --write`)"
+        )
+    return dependency.get_hash().value
+
+
+def pending(root: Path, stage: str, run: str) -> list[str]:
+    """Why a stage must run, in DVC's words; empty if it is up to date."""
+    with _repo(root) as repo:
+        found = repo.status(targets=[_target(stage, run)])
+    return [reason for reasons in found.values() for entry in reasons for reason in _reasons(entry)]
+
+
+def _reasons(entry: Any) -> Iterator[str]:
+    if isinstance(entry, str):
+        yield entry
+        return
+    for what, places in entry.items():
+        for place, how in places.items():
+            yield f"{what}: {place} ({how if isinstance(how, str) else ', '.join(how)})"
+
+
+def out_digests(root: Path, run: str, stages: Sequence[str]) -> dict[str, str]:
+    """DVC's md5 of what earlier stages wrote, as dvc.lock has it; stages not run are left out."""
+    digests = {}
+    with _repo(root) as repo:
+        for stage in stages:
+            for out in repo.stage.collect(_target(stage, run))[0].outs:
+                if out.hash_info:
+                    digests[str(out)] = out.hash_info.value
+    return digests
+
+
+def tracked_paths(root: Path, stage: str, run: str) -> tuple[list[str], list[str]]:
+    """The deps (with the tracked keys of params files) and the outs of a stage, as `dvc.yaml` has them."""
+    from dvc.dependency.param import ParamsDependency
+
+    with _stage(root, stage, run) as found:
+        deps = []
+        for dep in found.deps:
+            keys = dep.params if isinstance(dep, ParamsDependency) else [""]
+            deps += [f"{dep}:{key}" if key else str(dep) for key in keys]
+        return deps, [str(out) for out in found.outs]
+
+
+def _target(stage: str, run: str) -> str:
+    return f"{stage}@{run}"
+
+
+@contextmanager
+def _repo(root: Path) -> Iterator[Any]:
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            yield repo
+    except NotDvcRepoError as error:
+        raise ValueError(f"{root} is not a DVC repository; run `dvc init` there") from error
+    except LockError as error:
+        raise ValueError(f"DVC is at work in {root} already; wait for it to end") from error
+
+
+@contextmanager
+def _stage(root: Path, stage: str, run: str) -> Iterator[Any]:
+    from dvc.stage.exceptions import StageNotFound
+
+    with _repo(root) as repo:
+        try:
+            (found,) = repo.stage.collect(_target(stage, run))
+        except StageNotFound as error:
+            raise ValueError(
+                f"dvc.yaml has no stage {_target(stage, run)}; is the run in {ACTIVE}? "
+                f"`python -m flows activate {run}` puts it there"
+            ) from error
+        yield found

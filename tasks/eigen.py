@@ -1,0 +1,41 @@
+"""Stage `eigen`: eigendecompositions of A and S in float64, mapped over groups of factors."""
+
+from pathlib import Path
+
+from influence.eigenbasis import eigendecompose
+from tasks import store
+from tasks.curvature import covariance_names, read_covariance, write_eigens
+from tasks.shards import ShardRef, map_shards, shards_of
+from tasks.workspace import StageContext
+
+
+def run(context: StageContext) -> None:
+    """Decompose every factor; one file, eigenvectors in columns."""
+    factors = context.artifact("factors") / "factors.safetensors"
+    shards = shards_of(spread(factors, context.params.runtime.shards))
+    parts = map_shards(context, decompose_shard, shards)
+    merged = {name: tensor for part in parts for name, tensor in store.read_tensors(part).items()}
+    store.write_tensors(context.out / "eigen.safetensors", merged)
+
+
+def decompose_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
+    """Decompose some of the factors, one in memory at a time."""
+    factors = context.artifact("factors") / "factors.safetensors"
+    names = covariance_names(factors)
+    chosen = [names[item] for item in shard.items]
+    write_eigens(
+        path, {name: eigendecompose(read_covariance(factors, name).value, name) for name in chosen}
+    )
+
+
+def spread(factors: Path, num_shards: int) -> list[list[int]]:
+    """Groups of factors of about equal cost, which grows with the cube of a factor's size."""
+    names = covariance_names(factors)
+    cost = [store.tensor_shape(factors, f"{name}/sum")[0] ** 3 for name in names]
+    groups: list[list[int]] = [[] for _ in range(min(num_shards, len(names)))]
+    load = [0] * len(groups)
+    for item in sorted(range(len(names)), key=lambda item: (-cost[item], item)):
+        lightest = load.index(min(load))
+        groups[lightest].append(item)
+        load[lightest] += cost[item]
+    return groups

@@ -1,0 +1,87 @@
+"""Prepared queries on disk: (G + λI)⁻¹∇f of each method, query and layer, as low-rank factors."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from influence.damping import AbsoluteDamping, Damping, RelativeDamping
+from influence.lowrank import LowRank
+from influence.queries import Query, prepare, query_gradients
+from influence.solver import GradientDot, Solver
+from tasks import store
+from tasks.attributed import PassReference
+from tasks.curvature import read_solvers
+from tasks.params import Ratio, RunParams
+from tasks.workspace import StageContext
+
+EKFAC, GRADIENT_DOT = METHODS = ("ekfac", "gradient_dot")
+
+
+def damping_of(params: RunParams) -> Damping:
+    """The rule that `query.damping` names."""
+    given = params.query.damping
+    if isinstance(given, Ratio):
+        return RelativeDamping(given.ratio)
+    return AbsoluteDamping(given.value)
+
+
+def prepare_queries(
+    context: StageContext,
+    reference: PassReference,
+    queries: Sequence[Query],
+    rank: int | None,
+    methods: Sequence[str],
+) -> dict[str, dict[str, LowRank]]:
+    """Gradients of all queries, solved by each method and truncated to `rank`."""
+    attributed = reference.attributed()
+    damping = damping_of(context.params)
+    gradients = query_gradients(
+        attributed.model, attributed.layers, queries, reference.tokens_per_batch
+    )
+    prepared: dict[str, dict[str, LowRank]] = {}
+    for method in methods:
+        solvers: Mapping[str, Solver]
+        if method == EKFAC:
+            solvers = read_solvers(
+                context.artifact("eigen"),
+                context.artifact("correct"),
+                attributed.layers,
+                reference.dtype,
+                reference.device,
+            )
+        else:
+            solvers = {layer.name: GradientDot() for layer in attributed.layers}
+        prepared[method] = prepare(gradients, solvers, damping, rank)
+    return prepared
+
+
+def write_prepared(path: Path, prepared: Mapping[str, Mapping[str, LowRank]]) -> None:
+    """One pair of tensors a method and layer, the queries along the first axis."""
+    tensors: dict[str, Tensor] = {}
+    for method, layers in prepared.items():
+        for layer, query in layers.items():
+            tensors[f"{method}/{layer}/left"] = query.left
+            tensors[f"{method}/{layer}/right"] = query.right
+    store.write_tensors(path, tensors)
+
+
+def read_prepared(
+    path: Path, methods: Sequence[str], layers: Sequence[str], dtype: torch.dtype, device: str
+) -> dict[str, LowRank]:
+    """By layer, the queries of all `methods` one after another along the first axis."""
+
+    def side(layer: str, name: str) -> Tensor:
+        parts = [store.read_tensor(path, f"{method}/{layer}/{name}") for method in methods]
+        return torch.cat(parts).to(device, dtype)
+
+    return {layer: LowRank(side(layer, "left"), side(layer, "right")) for layer in layers}
+
+
+def concatenate(parts: Sequence[Path], path: Path) -> None:
+    """Join files of prepared queries along the first axis, in the order given."""
+    names = store.tensor_names(parts[0])
+    store.write_tensors(
+        path, {name: torch.cat([store.read_tensor(part, name) for part in parts]) for name in names}
+    )

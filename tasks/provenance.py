@@ -1,0 +1,51 @@
+"""The header that every result carries: what the numbers speak for, and in which unit."""
+
+from tasks import store
+from tasks.attributed import PassReference
+from tasks.workspace import StageContext
+
+SIGN = "positive: one more copy of the sequence in training raises log p(completion | prompt)"
+UNIT = "nats of log p(completion | prompt) per extra copy of the sequence in training"
+LABELS = "labels sampled from the model (true Fisher), one a token"
+
+
+def header(context: StageContext, reference: PassReference) -> dict[str, object]:
+    """Model, corpus, coverage, sign, unit, N, damping, labels and digests of what went in."""
+    params = context.params
+    corpus = store.read_json(context.artifact("tokenize") / "summary.json")
+    layers = store.read_json(context.artifact("factors") / "layers.json")
+    damping = store.read_json(context.artifact("query") / "damping.json")
+    model = reference.model
+    inputs = {
+        "model": model.digest,
+        "tokens": store.digest(context.artifact("tokenize") / "tokens.safetensors"),
+        "factors": store.digest(context.artifact("factors") / "factors.safetensors"),
+        "spectrum": store.digest(context.artifact("correct") / "spectrum.safetensors"),
+        "queries": store.digest(context.artifact("query") / "prepared.safetensors"),
+    }
+    return {
+        "run": context.run,
+        "model": {
+            "source": model.path,
+            "kind": model.source,
+            "parameters": model.num_parameters,
+            "digest": model.digest,
+        },
+        "corpus": {"path": params.corpus.path, "digest": inputs["tokens"], **corpus},
+        "num_training_sequences": corpus["num_sequences"],
+        "sign": SIGN,
+        "unit": UNIT,
+        "label_source": LABELS,
+        "layers": [layer["name"] for layer in layers["layers"]],
+        "coverage": layers["coverage"],
+        "fit": {
+            "factors": layers["num_sequences"],
+            "tokens": layers["num_tokens"],
+            "spectrum": min(params.correct.sequences, corpus["num_sequences"]),
+        },
+        "damping": {"rule": params.query.damping.model_dump(), "layers": damping},
+        "rank": params.query.rank,
+        "filter": params.filter.model_dump(),
+        "fingerprint": context.fingerprint,
+        "digests": inputs,
+    }

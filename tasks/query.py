@@ -1,0 +1,93 @@
+"""Stage `query`: gradients of log p(completion | prompt), preconditioned and truncated."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from influence.objectives import forward, log_probability
+from influence.queries import Query, query_batch
+from tasks import store
+from tasks.attributed import PassReference
+from tasks.curvature import read_spectra
+from tasks.models import load_tokenizer
+from tasks.params import MAX_SHARDS
+from tasks.prepared import (
+    METHODS,
+    concatenate,
+    damping_of,
+    prepare_queries,
+    write_prepared,
+)
+from tasks.querysets import QueryText, load_queries
+from tasks.shards import ShardRef, map_shards, split
+from tasks.workspace import StageContext
+
+QUERIES_PER_SHARD = 32  # a dense gradient of every query and layer is in memory at once
+
+
+def run(context: StageContext) -> None:
+    """Prepare every query by EK-FAC and, as a baseline, by gradient dot product."""
+    reference = PassReference.of(context)
+    texts = read_queries(context, reference)
+    damping = damping_of(context.params)
+    parts = map_shards(context, prepare_shard, split(len(texts), num_shards(len(texts))))
+    concatenate(parts, context.out / "prepared.safetensors")
+    store.write_json(context.out / "queries.json", describe(texts, reference))
+    spectra = read_spectra(context.artifact("correct") / "spectrum.safetensors")
+    store.write_json(
+        context.out / "damping.json",
+        {name: damping.of(spectrum.values) for name, spectrum in spectra.items()},
+    )
+
+
+def num_shards(num_queries: int) -> int:
+    """Few enough queries at a time that their dense gradients fit into memory."""
+    return min(MAX_SHARDS, -(-num_queries // QUERIES_PER_SHARD))
+
+
+def prepare_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
+    """Prepare some of the queries."""
+    reference = PassReference.of(context)
+    texts = read_queries(context, reference)
+    chosen = [as_query(texts[item]) for item in shard.items]
+    rank = context.params.query.rank
+    write_prepared(path, prepare_queries(context, reference, chosen, rank, METHODS))
+
+
+def read_queries(context: StageContext, reference: PassReference) -> list[QueryText]:
+    """The run's queries, tokenised as its corpus was."""
+    params = context.params
+    return load_queries(
+        context.input(params.query.path),
+        load_tokenizer(reference.model.folder),
+        params.tokenize.bos,
+        reference.model.context,
+    )
+
+
+def as_query(text: QueryText) -> Query:
+    """The query without its text."""
+    return Query(text.name, text.prompt_tokens, text.completion_tokens)
+
+
+def describe(texts: Sequence[QueryText], reference: PassReference) -> list[dict[str, object]]:
+    """What people and later stages want to know of each query, with f under the model."""
+    model = reference.attributed().model
+    described: list[dict[str, object]] = []
+    for text in texts:
+        batch = query_batch([as_query(text)]).to(reference.device)
+        with torch.no_grad():
+            f = float(log_probability(forward(model, batch), batch)[0])
+        described.append(
+            {
+                "name": text.name,
+                "prompt": text.prompt,
+                "completion": text.completion,
+                "prompt_tokens": list(text.prompt_tokens),
+                "completion_tokens": list(text.completion_tokens),
+                "log_probability": f,
+                **text.extra,
+            }
+        )
+    return described

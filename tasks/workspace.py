@@ -1,0 +1,137 @@
+"""Where a stage's work lies: the context that every stage is given, and its folders.
+
+Work in progress is in `.work/<run>-<stage>-<fingerprint>/`, outside of what DVC removes before it
+runs a stage; the finished `out` folder becomes `artifacts/<run>/<stage>/` by one rename.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tasks.params import RunParams
+from tasks.store import StorageError
+
+STAGES = (
+    "train",
+    "tokenize",
+    "filter",
+    "factors",
+    "eigen",
+    "correct",
+    "query",
+    "stream",
+    "score",
+    "validate",
+    "report",
+)
+WORK = Path(".work")
+ARTIFACTS = Path("artifacts")
+EXPERIMENTS = Path(".dvc/tmp/exps")
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """All that a stage is told.
+
+    Attributes:
+        run: name of the run, `params/<run>.yaml`.
+        stage: name of the stage.
+        params: the checked params; a stage reads the sections that `dvc.yaml` tracks for it.
+        root: the checkout, where `dvc.yaml` is.
+        fingerprint: sha256 of all that the stage's result depends on.
+        tags: where this execution comes from, for MLflow: Prefect ids, DVC experiment.
+    """
+
+    run: str
+    stage: str
+    params: RunParams
+    root: Path
+    fingerprint: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Partial results; kept when the stage is killed, removed when it is done."""
+        return self.root / WORK / f"{self.run}-{self.stage}-{self.fingerprint[:12]}"
+
+    @property
+    def out(self) -> Path:
+        """What the stage writes; empty when it starts, artifacts/<run>/<stage> when it is done."""
+        return self.work / "out"
+
+    @property
+    def published(self) -> Path:
+        """Where `out` goes."""
+        return self.root / ARTIFACTS / self.run / self.stage
+
+    def artifact(self, stage: str) -> Path:
+        """The folder that an earlier stage of this run wrote.
+
+        Raises:
+            ValueError: if that stage is later than this one, or has not run.
+        """
+        if STAGES.index(stage) >= STAGES.index(self.stage):
+            raise ValueError(f"stage {self.stage} runs before stage {stage} and cannot read it")
+        folder = self.root / ARTIFACTS / self.run / stage
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder} does not exist: stage {stage} of run {self.run} has not run; "
+                f"run `python -m flows.pipeline {self.run} --until {self.stage}`"
+            )
+        return folder
+
+    def input(self, path: str) -> Path:
+        """The place of a path in the params file, which starts at the project's root."""
+        return self.root / path
+
+
+def find_root(start: Path) -> Path:
+    """The nearest folder with a `dvc.yaml`, from `start` upwards.
+
+    Never the place of this file: under `dvc exp run --temp`, the checkout is another.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / "dvc.yaml").is_file():
+            return folder
+    raise ValueError(f"no dvc.yaml in {start} or above it; change to the project's folder")
+
+
+def outer_root(root: Path) -> Path:
+    """The user's checkout, also from a temporary one that `dvc exp run --temp` made inside it."""
+    for folder in root.parents:
+        if (folder / EXPERIMENTS) in (root, *root.parents):
+            return folder
+    return root
+
+
+def prepare(context: StageContext) -> None:
+    """Make the stage's folders: earlier partial results stay, an earlier `out` goes."""
+    try:
+        shutil.rmtree(context.out, ignore_errors=True)
+        context.out.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(
+            error.errno,
+            f"cannot write {context.out}: {error.strerror}; make the folder writable, or free "
+            "some space, and run again",
+        ) from error
+
+
+def publish(context: StageContext) -> None:
+    """Make `out` the stage's artefact by one rename, and remove the partial results."""
+    target = context.published
+    if not any(context.out.iterdir()):
+        raise ValueError(f"stage {context.stage} wrote nothing to {context.out}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(context.out, target)  # noqa: PTH104: a rename that never copies
+    except OSError as error:
+        raise StorageError(
+            error.errno,
+            f"cannot make {target}: {error.strerror}; the finished work is in {context.out}",
+        ) from error
+    shutil.rmtree(context.work, ignore_errors=True)

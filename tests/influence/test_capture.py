@@ -1,0 +1,209 @@
+"""What a pass captures, against autograd through the real weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from influence.capture import capture
+from influence.layers import find_layers
+from influence.objectives import forward, training_loss
+from tests import oracles
+from tests.influence import models
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_captured_gradients_are_autograds_per_sequence_gradients(case):
+    """Every kind of layer; sequences of unequal length, so padding; prompts in every second."""
+    model, sequences = models.CASES[case](), models.corpus()
+    layers = models.attributed(model)
+    io = models.io_of(model, layers, models.batch(sequences), training_loss)
+    for layer in layers:
+        for n, sequence in enumerate(sequences):
+            wanted = -oracles.sequence_gradient(model, layer.module, sequence)
+            torch.testing.assert_close(io[layer.name].gradient()[n], wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_inputs_and_output_gradients_are_what_the_layer_saw_in_each_sequence(case):
+    model, sequences = models.CASES[case](), models.corpus()
+    layers = models.attributed(model)
+    io = models.io_of(model, layers, models.batch(sequences), training_loss)
+    for layer in layers:
+        for n, sequence in enumerate(sequences):
+            a, ds = oracles.layer_io(model, layer.module, sequence)
+            got, length = io[layer.name], len(sequence[0])
+            i = layer.d_in - layer.has_bias
+            assert got.has_bias == layer.has_bias
+            torch.testing.assert_close(got.a[n, :length], a[:, :i], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(got.ds[n, :length], -ds, rtol=1e-9, atol=1e-12)
+            assert not got.ds[n, length:].any()  # padding feeds no loss
+
+
+def test_prompt_positions_carry_gradient_to_the_loss_of_later_tokens():
+    model = models.mlp()
+    sequence = (torch.tensor([1, 2, 3, 4]), torch.tensor([False, False, False, True]))
+    layers = models.attributed(model)
+    io = models.io_of(model, layers, models.batch([sequence]), training_loss)
+    assert io["block.mlp.fc1"].ds[0, :2].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_gradient_is_the_sum_over_positions_of_outer_products(has_bias):
+    io = models.random_io(0, has_bias=has_bias)
+    ones = torch.ones(*io.a.shape[:2], 1, dtype=io.a.dtype)
+    a = torch.cat([io.a, ones], dim=2) if has_bias else io.a
+    for n in range(len(a)):
+        wanted = sum(torch.outer(io.ds[n, t], a[n, t]) for t in range(a.shape[1]))
+        torch.testing.assert_close(io.gradient()[n], wanted)
+
+
+def test_capturing_does_not_change_the_logits():
+    model, batch = models.gpt2(), models.batch(models.corpus())
+    with capture(model, models.attributed(model)):
+        captured = forward(model, batch)
+    assert torch.equal(captured, forward(model, batch))
+
+
+def test_no_weight_gradient_is_formed_and_nothing_flows_below_the_lowest_layer():
+    model, batch = models.gpt2(num_layers=2), models.batch(models.corpus())
+    layers, _ = find_layers(model, ["*.h.1.mlp.*"])
+    flows = {}
+    for name in ("transformer.h.0", "transformer.h.1"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: flows.update(
+                {name: (out[0] if isinstance(out, tuple) else out).requires_grad}
+            )
+        )
+    with capture(model, layers) as opened:
+        opened.backward(training_loss(forward(model, batch), batch).sum())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert flows == {"transformer.h.0": False, "transformer.h.1": True}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def state(model: nn.Module) -> list[object]:
+    """What a capture must leave as it was."""
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+        for m in model.modules()
+    ]
+    return [hooks, [p.requires_grad for p in model.parameters()]]
+
+
+@pytest.mark.parametrize("exception", [None, KeyError])
+def test_hooks_and_requires_grad_are_put_back_also_after_an_exception(exception):
+    model, batch = models.mlp(), models.batch(models.corpus())
+    model.head.bias.requires_grad_(False)
+    model.head.register_forward_hook(lambda *_: None)
+    before = state(model)
+
+    def run():
+        with capture(model, models.attributed(model)) as opened:
+            logits = forward(model, batch)
+            if exception:
+                raise exception("in the middle")
+            opened.backward(training_loss(logits, batch).sum())
+
+    if exception:
+        with pytest.raises(exception):
+            run()
+    else:
+        run()
+    assert state(model) == before
+
+
+def test_a_frozen_model_has_the_same_gradients():
+    """Checkpoints for inference come with requires_grad off."""
+    model, batch = models.mlp(), models.batch(models.corpus())
+    layers = models.attributed(model)
+    wanted = models.io_of(model, layers, batch, training_loss)
+    got = models.io_of(model.requires_grad_(False), layers, batch, training_loss)
+    for name in wanted:
+        assert torch.equal(got[name].ds, wanted[name].ds)
+
+
+def test_one_forward_serves_several_objectives():
+    model, batch = models.mlp(), models.batch(models.corpus())
+    with capture(model, models.attributed(model)) as opened:
+        loss = training_loss(forward(model, batch), batch).sum()
+        once = opened.backward(loss, retain_graph=True)
+        thrice = opened.backward(3 * loss)
+    for name in once:
+        torch.testing.assert_close(thrice[name].ds, 3 * once[name].ds)
+
+
+def test_a_layer_that_runs_twice_in_one_pass_is_refused_by_name():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.again, self.once = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.once(self.again(self.again(x)))
+
+    model = Twice().double()
+    layers, _ = find_layers(model, ["all"])
+
+    def run():
+        with capture(model, layers) as opened:
+            opened.backward(model(torch.ones(1, 2, 3, dtype=torch.float64)).sum())
+
+    with pytest.raises(ValueError, match="again"):
+        run()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_layer_that_the_pass_did_not_run_is_absent():
+    model = models.mlp()
+    model.unused = nn.Linear(2, 2).double()
+    layers, _ = find_layers(model, ["all"])
+    io = models.io_of(model, layers, models.batch(models.corpus()), training_loss)
+    assert set(io) == {layer.name for layer in layers} - {"unused"}
+
+
+def test_an_activation_in_place_after_a_layer_is_refused_or_changes_nothing():
+    """Else the captured output would be the one after the ReLU, and its ds too large."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+    ).double()
+    in_place = nn.Sequential(*plain[:3], nn.ReLU(inplace=True), plain[4])
+    x = torch.randn(2, 3, 3, dtype=torch.float64)
+
+    def gradient(model: nn.Module) -> torch.Tensor:
+        with capture(model, find_layers(model, ["all"])[0]) as opened:
+            return opened.backward(model(x).square().sum())["2"].gradient()
+
+    try:
+        got = gradient(in_place)
+    except (ValueError, RuntimeError):
+        return
+    torch.testing.assert_close(got, gradient(plain))
+
+
+def test_a_layer_whose_input_is_changed_in_place_afterwards_is_refused_or_sees_the_old_input():
+    """Without weight gradients autograd itself no longer objects."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+        def forward(self, x, in_place):
+            h = self.first(x) + 0.0
+            s = self.second(h)
+            return (h.add_(1.0) if in_place else h + 1.0) + s
+
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(2, 3, 3, dtype=torch.float64)
+
+    def gradient(in_place: bool) -> torch.Tensor:
+        with capture(model, find_layers(model, ["all"])[0]) as opened:
+            return opened.backward(model(x, in_place).square().sum())["second"].gradient()
+
+    try:
+        got = gradient(True)
+    except (ValueError, RuntimeError):
+        return
+    torch.testing.assert_close(got, gradient(False))

@@ -1,0 +1,130 @@
+"""Scores: contractions against loops, the sign and the 1/N, and the top k."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from influence.lowrank import LowRank
+from influence.scores import TopK, contract, forms_gradients, influence, stream
+from tests import oracles
+from tests.influence import models
+
+
+def matrices(q: int, o: int, i: int, rank: int | None, seed: int = 5) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank.of(torch.randn(q, o, i, generator=generator, dtype=torch.float64), rank)
+
+
+def some_queries(layers, rank: int | None) -> dict[str, LowRank]:
+    """Two queries, whatever they ask."""
+    return {
+        layer.name: matrices(2, layer.d_out, layer.d_in, rank, seed)
+        for seed, layer in enumerate(layers)
+    }
+
+
+def test_influence_is_minus_the_raw_contraction_over_n():
+    raw = torch.tensor([[2.0, -4.0], [0.0, 1.0]], dtype=torch.float64)
+    assert influence(raw, 8).tolist() == [[-0.25, 0.5], [0.0, -0.125]]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("rank", [1, 2, None])
+@pytest.mark.parametrize("forms_gradient", [True, False])
+def test_a_contraction_is_the_inner_product_with_the_sequence_gradient(
+    has_bias, rank, forms_gradient
+):
+    io = models.random_io(0, has_bias=has_bias)
+    query = matrices(4, 2, 3 + has_bias, rank)
+    got = contract(io, query, query.dense()) if forms_gradient else contract(io, query)
+    assert got.shape == (4, 3)
+    for q, n in itertools.product(range(4), range(3)):
+        wanted = (query.left[q] @ query.right[q] * io.gradient()[n]).sum()
+        torch.testing.assert_close(got[q, n], wanted)
+
+
+@pytest.mark.parametrize("rank", [1, None])
+@pytest.mark.parametrize("case", models.CASES)
+def test_a_stream_contracts_every_query_with_every_sequences_loss_gradient(case, rank):
+    model, sequences = models.CASES[case](), models.corpus()
+    layers = models.attributed(model)
+    prepared = some_queries(layers, rank)
+    ((ids, raw),) = stream(model, layers, prepared, [models.batch(sequences)])
+    assert ids.tolist() == [100, 101, 102, 103]
+    assert raw.shape == (2, 4, len(layers))
+    for (n, z), (number, layer) in itertools.product(enumerate(sequences), enumerate(layers)):
+        gradient = -oracles.sequence_gradient(model, layer.module, z)
+        for q, V in enumerate(prepared[layer.name].dense()):
+            wanted = torch.dot(oracles.vec(V), oracles.vec(gradient))
+            torch.testing.assert_close(raw[q, n, number], wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_layers_come_in_the_order_asked_for():
+    model, batches = models.mlp(), [models.batch(models.corpus())]
+    layers = models.attributed(model)
+    prepared = some_queries(layers, None)
+    ((_, raw),) = stream(model, layers, prepared, batches)
+    ((_, reverse),) = stream(model, layers[::-1], prepared, batches)
+    torch.testing.assert_close(reverse.flip(2), raw)
+
+
+def test_a_layer_that_a_batch_does_not_run_scores_zero():
+    model = models.mlp()
+    model.unused = torch.nn.Linear(2, 3).double()
+    layers = models.attributed(model)
+    prepared = some_queries(layers, None)
+    ((_, raw),) = stream(model, layers, prepared, [models.batch(models.corpus())])
+    assert layers[-1].name == "unused"
+    assert not raw[..., -1].any()
+    assert raw[..., :-1].all()
+
+
+def test_both_ways_of_contracting_occur_in_the_streams_above():
+    model = models.gpt2()
+    layers = models.attributed(model)
+    chosen = {
+        forms_gradients(layer, some_queries(layers, rank)[layer.name], num_positions)
+        for layer in layers
+        for rank in (1, None)
+        for num_positions in (2, 6)
+    }
+    assert chosen == {True, False}
+
+
+@given(st.data())
+def test_the_top_k_is_the_same_however_the_scores_are_sharded_and_merged(data):
+    """Few distinct scores, so ties are common; the smaller id wins."""
+    n, k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
+    ids = data.draw(st.permutations(range(50, 50 + n)))
+    scores = data.draw(
+        st.lists(st.lists(st.integers(-2, 2), min_size=n, max_size=n), min_size=1, max_size=2)
+    )
+    num_shards = data.draw(st.integers(1, max(1, n // k)))
+    table = torch.tensor(scores, dtype=torch.float64)
+    cuts = [n * s // num_shards for s in range(num_shards + 1)]
+    shards = [
+        TopK.of(torch.tensor(ids[a:b]), table[:, a:b], k)
+        for a, b in itertools.pairwise(cuts)
+    ]
+    merged, *rest = data.draw(st.permutations(shards))
+    for shard in rest:
+        merged = merged.merge(shard)
+    for q, row in enumerate(scores):
+        wanted = oracles.top_k(ids, row, k)
+        assert merged.ids[q].tolist() == [key for key, _ in wanted]
+        assert merged.scores[q].tolist() == [score for _, score in wanted]
+
+
+def test_the_top_of_fewer_than_k_is_all_of_them():
+    top = TopK.of(torch.tensor([7, 3]), torch.tensor([[1.0, 2.0]]), 5)
+    assert top.ids.tolist() == [[3, 7]]
+
+
+def test_a_shard_with_fewer_than_k_loses_nothing_of_the_other():
+    small = TopK.of(torch.tensor([7]), torch.tensor([[1.0]]), 3)
+    large = TopK.of(torch.tensor([1, 2, 3, 4]), torch.tensor([[0.0, 2.0, 3.0, 4.0]]), 3)
+    for merged in (small.merge(large), large.merge(small)):
+        assert merged.ids.tolist() == [[4, 3, 2]]

@@ -1,0 +1,94 @@
+"""The embedded model, stories and queries are what data/README.md says of them."""
+
+import gzip
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FIELDS = {"name", "prompt", "completion", "source", "category", "note"}
+STORIES = {"first1000": 1000, "val_slice": 3117, "test_slice": 3118}
+
+
+def json_lines(path: Path) -> list[dict]:
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(root: Path):
+    return AutoTokenizer.from_pretrained(root / "data/models/stories260K")
+
+
+@pytest.fixture(scope="module")
+def model(root: Path):
+    return AutoModelForCausalLM.from_pretrained(root / "data/models/stories260K").eval()
+
+
+def encoded(tokenizer, text: str) -> list[int]:
+    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+
+
+def test_every_embedded_file_has_the_checksum_of_the_readme(root: Path):
+    data = root / "data"
+    row = re.compile(
+        r"^\| `((?:models|tinystories)/\S+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|", re.MULTILINE
+    )
+    listed = {
+        name: digest for name, _, digest in row.findall((data / "README.md").read_text("utf-8"))
+    }
+    files = [
+        p for folder in ("models", "tinystories") for p in (data / folder).rglob("*") if p.is_file()
+    ]
+    found = {
+        p.relative_to(data).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+    assert found == listed
+
+
+def test_stories_have_an_id_of_their_own_and_text(root: Path):
+    stories = {name: json_lines(root / f"data/tinystories/{name}.jsonl.gz") for name in STORIES}
+    assert {name: len(rows) for name, rows in stories.items()} == STORIES
+    rows = [row for part in stories.values() for row in part]
+    assert all(row["text"].strip() for row in rows)
+    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("name", ["tinystories", "smoke"])
+def test_queries_are_complete_and_their_names_differ(root: Path, name: str):
+    queries = json_lines(root / f"data/queries/{name}.jsonl")
+    assert all(set(query) == FIELDS and all(query.values()) for query in queries)
+    assert len({query["name"] for query in queries}) == len(queries)
+    assert {query["source"] for query in queries} <= {"model greedy", "human"}
+
+
+def test_the_model_is_stories260K(model, tokenizer):
+    assert sum(p.numel() for p in model.parameters()) == 260_032
+    assert model.dtype == torch.float32
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside"
+    start = torch.tensor([encoded(tokenizer, "")])
+    text = tokenizer.decode(model.generate(start, max_new_tokens=80, do_sample=False)[0][1:])
+    assert text.startswith(story)
+
+
+def test_a_prompts_tokens_begin_those_of_prompt_and_completion(root: Path, tokenizer):
+    """Else the completion would have no first token of its own."""
+    for query in json_lines(root / "data/queries/tinystories.jsonl"):
+        prompt = encoded(tokenizer, query["prompt"])
+        whole = encoded(tokenizer, query["prompt"] + query["completion"])
+        assert whole[: len(prompt)] == prompt
+        assert len(whole) > len(prompt)
+
+
+def test_greedy_completions_are_the_models_own(root: Path, model, tokenizer):
+    for query in json_lines(root / "data/queries/tinystories.jsonl"):
+        prompt = encoded(tokenizer, query["prompt"])
+        length = len(encoded(tokenizer, query["prompt"] + query["completion"])) - len(prompt)
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False)[0]
+        continuation = tokenizer.decode(out, skip_special_tokens=True)[len(query["prompt"]) :]
+        assert (continuation == query["completion"]) == (query["source"] == "model greedy"), query

@@ -1,0 +1,183 @@
+"""Stage `train`: a checkpoint linked, or a small model trained from scratch, and its faults."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks import store, tokenize, train
+from tasks.checkpoints import read_reference
+from tasks.models import generate_greedy, load_model, load_tokenizer
+from tasks.sequences import TokenStore
+from tests.small_run import MODEL, run_stage, write_lines
+
+STORIES = [
+    {"id": str(n), "text": f"The {word} sat on the {other}. It was happy. " * 3}
+    for n, (word, other) in enumerate([("cat", "mat"), ("dog", "log"), ("hen", "pen")] * 8)
+]
+SCRATCH = {
+    "architecture": "gpt2",
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "vocabulary": 300,
+    "context": 32,
+    "steps": 30,
+    "batch": 4,
+    "learning_rate": 1e-2,
+    "seed": 0,
+}
+SHORT = {"mode": "document", "context": 32, "bos": True, "eos": True}
+
+
+def trained(root: Path, sections: dict | None = None, **architecture) -> Path:
+    root.mkdir(exist_ok=True)
+    write_lines(root / "corpus.jsonl", STORIES)
+    return run_stage(
+        root,
+        "train",
+        train,
+        **{"train": {"scratch": SCRATCH | architecture}, "tokenize": SHORT} | (sections or {}),
+    )
+
+
+# --- a given checkpoint --------------------------------------------------------------------------
+
+
+def linked(root: Path, path: Path | str) -> Path:
+    return run_stage(root, "train", train, train={"checkpoint": {"path": str(path)}})
+
+
+def test_linking_writes_where_the_checkpoint_is_and_what_it_holds(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "models/here")
+    folder = linked(tmp_path, "models/here")
+    assert [file.name for file in folder.iterdir()] == ["model.json"]
+    written = store.read_json(folder / "model.json")
+    assert written["source"] == "checkpoint"
+    assert written["path"] == "models/here"  # no folder of this machine
+    assert written["parameters"] == 260_032
+    assert (written["vocabulary"], written["context"]) == (512, 512)
+    weights = MODEL / "model.safetensors"
+    assert written["files"]["model.safetensors"] == store.digest(weights)
+    assert "LICENSE" not in written["files"]
+    reference = read_reference(folder, tmp_path)
+    assert reference.folder == tmp_path / "models/here"
+    assert reference.digest == written["digest"]
+
+
+def test_checkpoint_that_has_gone_is_an_error_that_names_the_file(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "here")
+    folder = linked(tmp_path, "here")
+    (tmp_path / "here/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"here: the checkpoint's model\.safetensors is not there"):
+        read_reference(folder, tmp_path)
+
+
+def test_digest_follows_the_content(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "here")
+    before = read_reference(linked(tmp_path, "here"), tmp_path).digest
+    config = json.loads((tmp_path / "here/config.json").read_text())
+    (tmp_path / "here/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    assert read_reference(linked(tmp_path, "here"), tmp_path).digest != before
+
+
+def test_hub_checkpoint_is_recorded_by_id_and_revision(tmp_path, monkeypatch):
+    # Stands in for the hub's cache, which lies elsewhere on every machine.
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append((name, options["revision"]))
+        return str(MODEL)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    given = {"checkpoint": {"hub": "org/name", "revision": "a" * 40}}
+    folder = run_stage(tmp_path, "train", train, train=given)
+    written = store.read_json(folder / "model.json")
+    assert (written["source"], written["path"]) == ("hub", "org/name")
+    assert written["revision"] == "a" * 40
+    assert read_reference(folder, tmp_path).folder == MODEL
+    assert set(asked) == {("org/name", "a" * 40)}
+
+
+def test_bad_checkpoints_stop_the_stage(tmp_path):
+    with pytest.raises(ValueError, match=r"absent: no checkpoint there"):
+        linked(tmp_path, "absent")
+    broken = Path(shutil.copytree(MODEL, tmp_path / "broken"))
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"broken: no tokenizer there"):
+        linked(tmp_path, "broken")
+
+
+def test_tokenizer_of_another_model_stops_the_stage(tmp_path):
+    mixed = Path(shutil.copytree(MODEL, tmp_path / "mixed"))
+    train.train_tokenizer(
+        [" ".join(f"{n:x}{n * 7:o}" for n in range(3000))], vocabulary=700
+    ).save_pretrained(mixed)
+    with pytest.raises(ValueError, match=r"does not fit the model: .* up to 699 .* has 512"):
+        linked(tmp_path, "mixed")
+    assert not (tmp_path / "artifacts").exists()
+
+
+# --- from scratch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_scratch_model_learns_its_corpus_and_loads_as_a_checkpoint(tmp_path, architecture):
+    folder = trained(tmp_path, architecture=architecture, steps=60)
+    reference = read_reference(folder, tmp_path)
+    assert (reference.source, reference.path) == ("scratch", "checkpoint")
+    assert reference.folder == folder / "checkpoint"
+    assert reference.context == 32
+    written = store.read_json(folder / "train.json")
+    assert written["losses"][-1]["loss"] < 0.7 * written["losses"][0]["loss"]
+    assert written["num_parameters"] == reference.num_parameters
+    model = load_model(reference.folder, "cpu", torch.float32)
+    assert model.config.model_type == architecture
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tokenizer = load_tokenizer(reference.folder)
+    assert reference.vocabulary == len(tokenizer) == written["vocabulary"]
+    start = [tokenizer.bos_token_id, *tokenizer("The", add_special_tokens=False)["input_ids"]]
+    assert len(generate_greedy(model, start, 5)) == 5
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
+    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    three = trained(tmp_path / "three", seed=1)
+    weights = "checkpoint/model.safetensors"
+    assert store.digest(one) == store.digest(two)
+    assert store.digest(one / weights) != store.digest(three / weights)
+
+
+def test_scratch_training_leaves_the_global_generator_of_model_building_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    train.new_model(train.Architecture(**SCRATCH), 300)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_scratch_tokenizer_writes_any_text_and_knows_its_special_tokens():
+    tokenizer = train.train_tokenizer(["hello hello"], vocabulary=270)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    text = "héllo 🙂\n한"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens) == text
+    # Too little text for 270 - 258 merges: the vocabulary is what there is.
+    assert len(tokenizer) <= 270
+
+
+def test_model_is_trained_on_the_sequences_that_are_measured(tmp_path):
+    folder = trained(tmp_path)
+    written = store.read_json(folder / "train.json")
+    tokens = TokenStore.open(run_stage(tmp_path, "tokenize", tokenize, tokenize=SHORT))
+    assert written["num_sequences"] == tokens.num_sequences
+    assert written["num_tokens"] == len(tokens.tokens)
+
+
+def test_bad_corpus_stops_before_training(tmp_path, monkeypatch):
+    write_lines(tmp_path / "corpus.jsonl", [*STORIES, {"id": "x"}])
+    monkeypatch.setattr(train, "train_model", lambda *_: pytest.fail("training began"))
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:25: no field 'text'"):
+        run_stage(tmp_path, "train", train, train={"scratch": SCRATCH}, tokenize=SHORT)
