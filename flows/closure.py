@@ -1,4 +1,4 @@
-"""Which files of the project a stage's code is: its deps in `dvc.yaml`.
+"""What `dvc.yaml` must say of a stage: the files that are its code, and the params that it reads.
 
 The closure follows every import statement, also those inside functions, from `tasks/<stage>.py`.
 """
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
-from tasks.params import read_editable, yaml_text
+from tasks.params import RunParams
 from tasks.workspace import STAGES
+from tasks.yamlfile import read_editable, yaml_text
 
 PACKAGES = ("influence", "tasks", "flows")
 PIPELINE = Path("dvc.yaml")
+PARAMS_FILE = "params/${key}.yaml"
 
 
 def code_of_stage(root: Path, stage: str) -> list[str]:
@@ -61,26 +63,73 @@ def _beside(root: Path, folder: Path) -> Iterator[Path]:
                 yield file.relative_to(root)
 
 
-def stale_deps(root: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """Stages whose deps in `dvc.yaml` are not their code: (missing, superfluous)."""
+def stale_deps(root: Path) -> dict[str, str]:
+    """Stages whose deps or params in `dvc.yaml` are not what their code needs, and how."""
     stages = read_editable(root / PIPELINE)["stages"]
     stale = {}
     for stage in STAGES:
-        told = {dep for dep in _body(stages[stage])["deps"] if is_code(dep)}
-        wanted = set(code_of_stage(root, stage))
-        if told != wanted:
-            stale[stage] = (sorted(wanted - told), sorted(told - wanted))
+        body = _body(stages[stage])
+        told = {dep for dep in body["deps"] if is_code(dep)} | set(_tracked(body))
+        wanted = {*code_of_stage(root, stage), *params_of_stage(root, stage)}
+        faults = [f"lacks {each}" for each in sorted(wanted - told)]
+        faults += [f"has {each} too much" for each in sorted(told - wanted)]
+        if faults:
+            stale[stage] = ", ".join(faults)
     return stale
 
 
 def write_deps(root: Path) -> None:
-    """Rewrite the code among each stage's deps in `dvc.yaml`; all else there stays."""
+    """Rewrite the code and the params among each stage's deps in `dvc.yaml`; the rest stays."""
     content = read_editable(root / PIPELINE)
     for stage in STAGES:
-        deps = _body(content["stages"][stage])["deps"]
-        others = [dep for dep in deps if not is_code(dep)]
-        deps[:] = [*code_of_stage(root, stage), *others]
+        body = _body(content["stages"][stage])
+        others = [dep for dep in body["deps"] if not is_code(dep)]
+        body["deps"][:] = [*code_of_stage(root, stage), *others]
+        keys = sorted(params_of_stage(root, stage))
+        body.pop("params", None)
+        if keys:
+            body.insert(list(body).index("deps") + 1, "params", [{PARAMS_FILE: keys}])
     store.write_text(root / PIPELINE, yaml_text(content))
+
+
+def _tracked(body: Any) -> list[str]:
+    return [key for entry in body.get("params", []) for key in entry[PARAMS_FILE]]
+
+
+def params_of_stage(root: Path, stage: str) -> set[str]:
+    """Keys of the params file that a stage's code reads, a section or section.key: `query.path`.
+
+    What follows a name or attribute `params` in the code. `runtime` is left out: it is not tracked.
+    """
+    sections = {field.alias or name for name, field in RunParams.model_fields.items()}
+    found = set[str]()
+    for module in code_of_stage(root, stage):
+        if module.endswith(".py"):
+            found |= _params_read((root / module).read_text(encoding="utf-8"), sections)
+    # A whole section that is read somewhere covers its keys.
+    return {key for key in found if "." not in key or key.split(".")[0] not in found}
+
+
+def _params_read(code: str, sections: set[str]) -> set[str]:
+    nodes = list(ast.walk(ast.parse(code)))
+    inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    chains = [_keys_after_params(node) for node in nodes if id(node) not in inner]
+    return {
+        ".".join(keys[:1] if keys[1:2] == ["model_dump"] else keys[:2])
+        for keys in chains
+        if keys and keys[0] in sections - {"runtime"}
+    }
+
+
+def _keys_after_params(node: ast.AST) -> list[str]:
+    """["query", "path"] for the expression `….params.query.path`; [] for others."""
+    keys: list[str] = []
+    while isinstance(node, ast.Attribute):
+        if node.attr == "params":
+            return keys
+        keys.insert(0, node.attr.rstrip("_"))
+        node = node.value
+    return keys if isinstance(node, ast.Name) and node.id == "params" else []
 
 
 def is_code(dep: str) -> bool:

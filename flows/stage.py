@@ -63,7 +63,8 @@ def open_stage(start: Path, stage: str, run: str) -> StageContext:
     check_inputs(root, run, params)
     environment.check_server()
     fingerprint = dvcstage.input_fingerprint(root, stage, run, params.runtime)
-    return StageContext(run, stage, params, root, fingerprint)
+    reads = tuple(dvcstage.upstream(root, stage, run))
+    return StageContext(run, stage, params, root, fingerprint, reads)
 
 
 def run_stage(context: StageContext) -> BaseException | None:
@@ -73,7 +74,7 @@ def run_stage(context: StageContext) -> BaseException | None:
     flow = stage_flow(context)
     parameters = {"stage": context.stage, "run": context.run}
     flow_run = _nested_run(flow, parameters)
-    state = run_flow_sync(flow, flow_run, parameters, return_type="state")
+    state: Any = run_flow_sync(flow, flow_run, parameters, return_type="state")
     result = state.result(raise_on_failure=False)
     return result if isinstance(result, BaseException) else None
 

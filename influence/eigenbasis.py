@@ -35,7 +35,7 @@ def eigendecompose(matrix: Float[Tensor, "d d"], name: str) -> Eigen:
     matrix = matrix.double()
     try:
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:  # torch raises its LinAlgError, which is one
         raise ValueError(
             f"the eigendecomposition of factor {name!r} ({len(matrix)} × {len(matrix)}, trace "
             f"{matrix.trace():.3g}) did not converge; fit on more sequences"

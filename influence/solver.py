@@ -1,7 +1,7 @@
 """What every inverse-Hessian estimator can do: solve (G + λI) X = V for one layer."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from influence.damping import Damping
 
 
+@runtime_checkable
 class Solver(Protocol):
     """One layer's (G + λI)⁻¹, by whichever approximation of G."""
 

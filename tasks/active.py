@@ -17,9 +17,8 @@ from tasks.params import (
     checked,
     load_params,
     params_file,
-    read_editable,
-    yaml_text,
 )
+from tasks.yamlfile import read_editable, yaml_text
 
 
 class RunPaths(Section):

@@ -1,6 +1,7 @@
 """A run's model with its attributed layers, and batches of its sequences, in a worker thread."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from torch import nn
 
 from influence.layers import Coverage, Layer, find_layers, share_inputs
+from influence.passes import NonFiniteSequenceError
 from influence.sequences import TokenBatch, batches_by_tokens
+from tasks import store
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.models import model_for_thread
 from tasks.sequences import TokenStore
@@ -73,6 +76,31 @@ class PassReference:
         for group in batches_by_tokens(lengths, self.tokens_per_batch):
             chosen = [rows[place] for place in group]
             yield tokens.batch(chosen).to(self.device), chosen
+
+    def sequence_name(self, key: int) -> str:
+        """The sequence with this key, as people know it."""
+        table = store.read_table(self.tokenize / "sequences.parquet", ["key", "sequence"])
+        names = dict(zip(table["key"].to_pylist(), table["sequence"].to_pylist(), strict=True))
+        return names[key]
+
+    @contextmanager
+    def passes(self) -> Iterator[Attributed]:
+        """The model for passes over the corpus; an error names the sequence that it met first.
+
+        Raises:
+            ValueError: naming layer and sequence, if an activation is NaN or infinite.
+        """
+        try:
+            yield self.attributed()
+        except NonFiniteSequenceError as error:
+            if error.sequence_id is None:
+                raise
+            name = self.sequence_name(error.sequence_id)
+            raise ValueError(
+                f"the activations at layer {error.layer!r} are NaN or infinite, first in sequence "
+                f"{name!r}; check the weights of {self.model.path}, or run the pass in float32 "
+                "(runtime.dtype)"
+            ) from error
 
 
 def resolve_device(name: str) -> str:

@@ -24,10 +24,17 @@ def run(context: StageContext) -> None:
 def correct_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Sums of one shard's sequences."""
     reference = PassReference.of(context)
-    attributed = reference.attributed()
-    bases = read_bases(
-        context.artifact("eigen"), attributed.layers, reference.dtype, reference.device
-    )
     batches = reference.batches(shard.items)
     seed = context.params.correct.seed
-    write_spectra(path, fit_spectra(attributed.model, attributed.layers, bases, batches, seed))
+    with reference.passes() as attributed:
+        bases = read_bases(
+            context.artifact("eigen"), attributed.layers, reference.dtype, reference.device
+        )
+        spectra = fit_spectra(attributed.model, attributed.layers, bases, batches, seed)
+    for name, spectrum in spectra.items():
+        if not spectrum.squared_sum.isfinite().all():
+            raise ValueError(
+                f"the spectrum of layer {name!r} holds NaN or infinity: its gradients overflow; "
+                "run the pass in float32 (runtime.dtype)"
+            )
+    write_spectra(path, spectra)

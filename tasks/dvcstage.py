@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.params import ACTIVE, Runtime
+from tasks.workspace import ARTIFACTS
 
+OURS = {"artifacts", "flows", "influence", "params", "tasks"}  # deps that are no input files
 # They say how fast or by whom, and never how: a killed stage may resume under others.
 FREE_OF_PARTIALS = {"workers", "runner"}
 
@@ -59,19 +61,32 @@ def _reasons(entry: Any) -> Iterator[str]:
             yield f"{what}: {place} ({how if isinstance(how, str) else ', '.join(how)})"
 
 
-def out_digests(root: Path, run: str, stages: Sequence[str]) -> dict[str, str]:
-    """DVC's md5 of what earlier stages wrote, as dvc.lock has it; stages not run are left out."""
+def recorded_digests(root: Path, run: str, stages: Sequence[str]) -> dict[str, str]:
+    """DVC's md5 of what stages read and wrote, as dvc.lock has it: `out.factors`, `in.<path>`.
+
+    Code and params are left out (git and the params file have them), and stages that never ran.
+    """
     digests = {}
     with _repo(root) as repo:
         for stage in stages:
-            for out in repo.stage.collect(_target(stage, run))[0].outs:
-                if out.hash_info:
-                    digests[str(out)] = out.hash_info.value
+            (found,) = repo.stage.collect(_target(stage, run))
+            for dep in found.deps:
+                if Path(str(dep)).parts[0] not in OURS and dep.hash_info:
+                    digests[f"in.{dep}"] = dep.hash_info.value
+            if len(found.outs) == 1 and found.outs[0].hash_info:
+                digests[f"out.{stage}"] = found.outs[0].hash_info.value
     return digests
 
 
+def upstream(root: Path, stage: str, run: str) -> list[str]:
+    """Stages whose artefacts a stage reads, by `dvc.yaml`."""
+    folder = ARTIFACTS / run
+    deps = [Path(dep) for dep in tracked_paths(root, stage, run)[0]]
+    return [dep.relative_to(folder).parts[0] for dep in deps if dep.is_relative_to(folder)]
+
+
 def tracked_paths(root: Path, stage: str, run: str) -> tuple[list[str], list[str]]:
-    """The deps (with the tracked keys of params files) and the outs of a stage, as `dvc.yaml` has them."""
+    """Deps and outs of a stage in `dvc.yaml`; a tracked key is `params/<run>.yaml:key`."""
     from dvc.dependency.param import ParamsDependency
 
     with _stage(root, stage, run) as found:

@@ -40,10 +40,11 @@ def run(context: StageContext) -> None:
 def fit_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Sums of one shard's sequences."""
     reference = PassReference.of(context)
-    attributed = reference.attributed()
     batches = reference.batches(shard.items)
     seed = context.params.factors.seed
-    write_factors(path, fit_factors(attributed.model, attributed.layers, batches, seed))
+    with reference.passes() as attributed:
+        factors = fit_factors(attributed.model, attributed.layers, batches, seed)
+    write_factors(path, factors)
 
 
 def layer_fields(layer: Layer) -> dict[str, str | int | bool]:

@@ -1,4 +1,4 @@
-"""The only door for YAML: `params/<run>.yaml`, one complete file a run, checked when read.
+"""The only door for params: `params/<run>.yaml`, one complete file a run, checked when read.
 
 A section of the file is a class here, and a key a field; nothing has a default, so that the file
 says all there is to know. Where a value has several kinds, its key is the tag: `damping` is
@@ -6,7 +6,6 @@ says all there is to know. Where a value has several kinds, its key is the tag: 
 """
 
 import re
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,10 +18,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
 
 from tasks.complaints import complaints
+from tasks.yamlfile import read_yaml
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 ACTIVE = Path("params/active.yaml")
@@ -44,7 +42,7 @@ def _by_key(**tags: str) -> Discriminator:
     """Choose the class of a union by which of the keys `tags` is there."""
 
     def tag(given: Any) -> str | None:
-        keys = given if isinstance(given, dict) else vars(given) if given is not None else {}
+        keys = given if isinstance(given, dict) else getattr(given, "__dict__", {})
         return next((tags[key] for key in tags if key in keys), None)
 
     return Discriminator(tag, custom_error_type="kind", custom_error_message=" or ".join(tags))
@@ -292,34 +290,3 @@ def checked(root: Path, file: Path, model: type[Model]) -> Model:
         return model.model_validate(given)
     except ValidationError as error:
         raise ValueError(complaints(file, model, error)) from error
-
-
-def read_yaml(path: Path, shown: Path) -> Any:
-    """Plain values of a YAML 1.2 file; `shown` is its name in error messages."""
-    if not path.is_file():
-        raise ValueError(f"{shown} does not exist in {path.parents[len(shown.parts) - 1]}")
-    try:
-        return YAML(typ="safe", pure=True).load(path)
-    except MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{shown}{line} is not YAML: {error.problem}; correct it") from error
-
-
-def read_editable(path: Path) -> Any:
-    """A YAML file with its comments, to be changed and written by `yaml_text`."""
-    return _editor().load(path)
-
-
-def yaml_text(content: Any) -> str:
-    """YAML with the comments and order that `read_editable` found."""
-    stream = StringIO()
-    _editor().dump(content, stream)
-    return stream.getvalue()
-
-
-def _editor() -> YAML:
-    yaml = YAML()
-    yaml.width = 4096
-    yaml.preserve_quotes = True
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    return yaml

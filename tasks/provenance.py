@@ -31,7 +31,7 @@ def header(context: StageContext, reference: PassReference) -> dict[str, object]
             "parameters": model.num_parameters,
             "digest": model.digest,
         },
-        "corpus": {"path": params.corpus.path, "digest": inputs["tokens"], **corpus},
+        "corpus": {**corpus.pop("corpus"), **corpus},
         "num_training_sequences": corpus["num_sequences"],
         "sign": SIGN,
         "unit": UNIT,

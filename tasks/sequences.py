@@ -1,5 +1,6 @@
 """The tokenised corpus, read back: memory-mapped tokens, batches, and fixed choices of rows."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +84,18 @@ class TokenStore:
 
 
 def choose_rows(rows: Sequence[int], num_rows: int, seed: int) -> list[int]:
-    """`num_rows` of these rows, those with the smallest hash of (seed, row), sorted."""
-    if len(rows) <= num_rows:
-        return sorted(rows)
-    candidates = torch.tensor(rows)
-    uniform = counter_uniform(seed, candidates, 1)[:, 0]
-    chosen = candidates[uniform.argsort(stable=True)[:num_rows]]
-    return chosen.sort().values.tolist()
+    """A random choice of `num_rows` of these rows, sorted: those whose hash is smallest.
+
+    The hash is keyed by the seed and by `rows` as a set. So choices from different sets are
+    independent even under one seed: a control drawn from the candidates does not favour an audit
+    that was drawn into them before. A larger choice from one set contains a smaller one.
+    """
+    pool = torch.tensor(rows, dtype=torch.int64).sort().values
+    if len(pool) <= num_rows:
+        return pool.tolist()
+    of_pool = hashlib.blake2b(pool.numpy().astype("<i8").tobytes(), digest_size=8).digest()
+    uniform = counter_uniform(seed ^ int.from_bytes(of_pool, "little"), pool, 1)[:, 0]
+    return pool[uniform.argsort(stable=True)[:num_rows]].sort().values.tolist()
 
 
 def _split(rows: Sequence[int], sizes: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -23,7 +23,7 @@ from tasks.params import MAX_SHARDS, Runtime
 from tasks.progress import Progress, say
 from tasks.workspace import StageContext
 
-RETRY_DELAYS = [1, 5]
+RETRY_DELAYS = [1.0, 5.0]
 TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.EBUSY}
 
 
@@ -220,7 +220,6 @@ def _submit(job: Job, *, refresh: bool) -> Any:
     from prefect.utilities.annotations import opaque
 
     shard_task = task(
-        _run_job,
         name=f"{job.context.stage} {job.name}",
         task_run_name=f"{job.name} {job.shard.index + 1} of {job.shard.total}",
         cache_key_fn=lambda _context, inputs: inputs["job"].cache_key,
@@ -230,9 +229,9 @@ def _submit(job: Job, *, refresh: bool) -> Any:
         retries=len(RETRY_DELAYS),
         retry_delay_seconds=RETRY_DELAYS,
         retry_condition_fn=_may_retry,
-        log_prints=False,
-    )
-    return shard_task.submit(opaque(job))
+    )(_run_job)
+    told: Any = opaque(job)  # not searched for futures; arrives as the job itself
+    return shard_task.submit(told)
 
 
 def _run_job(job: Job) -> Any:

@@ -8,6 +8,7 @@ all white space is alike, so that a line break does not hide a quotation.
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 # Scripts written without spaces would otherwise make a word of a whole sentence.
@@ -67,8 +68,7 @@ class _Words(NamedTuple):
         places = [Span(*found.span()) for found in _WORD.finditer(text)]
         words = [text[start:stop].casefold().replace("’", "'") for start, stop in places]
         gaps = [
-            _SPACE.sub(" ", text[before.stop : after.start])
-            for before, after in zip(places, places[1:], strict=False)
+            _SPACE.sub(" ", text[before.stop : after.start]) for before, after in pairwise(places)
         ]
         return cls(words, gaps, places)
 

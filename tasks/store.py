@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _explained(path, error) from error
     finally:
-        hidden.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or never there: the error above is the one to tell
+            hidden.unlink()
 
 
 def _explained(path: Path, error: OSError | SafetensorError) -> StorageError:

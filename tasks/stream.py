@@ -1,10 +1,13 @@
 """Stage `stream`: one forward and backward over the candidates, met with every query at once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from influence.scores import stream
+from influence.sequences import TokenBatch
 from tasks import store
 from tasks.attributed import PassReference
 from tasks.prepared import METHODS, read_prepared
@@ -39,24 +42,31 @@ def run(context: StageContext) -> None:
 def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Raw scores `methods queries sequences layers` of one shard, rows ascending."""
     reference = PassReference.of(context)
-    attributed = reference.attributed()
     prepared = context.artifact("query") / "prepared.safetensors"
-    names = [layer.name for layer in attributed.layers]
-    queries = read_prepared(prepared, METHODS, names, reference.dtype, reference.device)
     seen: list[int] = []
 
-    def batches():
+    def batches() -> Iterator[TokenBatch]:
         for batch, chosen in reference.batches_with_rows(shard.items):
             seen.extend(chosen)
             yield batch
 
-    raw = [part for _, part in stream(attributed.model, attributed.layers, queries, batches())]
-    order = torch.tensor(seen).argsort()
-    scores = torch.cat(raw, dim=1).float().cpu()[:, order]
-    store.write_tensors(
-        path,
-        {
-            "rows": torch.tensor(seen)[order],
-            "scores": scores.unflatten(0, (len(METHODS), -1)),
-        },
-    )
+    with reference.passes() as attributed:
+        names = [layer.name for layer in attributed.layers]
+        queries = read_prepared(prepared, METHODS, names, reference.dtype, reference.device)
+        raw = [part for _, part in stream(attributed.model, attributed.layers, queries, batches())]
+    rows, order = torch.tensor(seen).sort()
+    # At least float32: a bf16 pass has summed its products in bf16 already, but no more is lost.
+    scores = torch.cat(raw, dim=1).cpu()[:, order]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    _check_finite(reference, rows, scores)
+    store.write_tensors(path, {"rows": rows, "scores": scores.unflatten(0, (len(METHODS), -1))})
+
+
+def _check_finite(reference: PassReference, rows: Tensor, scores: Tensor) -> None:
+    bad = ~scores.isfinite().all(dim=2).all(dim=0)
+    if bad.any():
+        key = int(TokenStore.open(reference.tokenize).keys[int(rows[bad][0])])
+        raise ValueError(
+            f"the scores of sequence {reference.sequence_name(key)!r} are NaN or infinite: its "
+            "gradients overflow; run the pass in float32 (runtime.dtype)"
+        )

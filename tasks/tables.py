@@ -105,7 +105,9 @@ def write_top(
                         "influence_low_rank": float(influences.of(EKFAC)[q, place[row]]),
                         "layers": grid.sum(dim=1).tolist(),
                         "tokens": decode_pieces(
-                            tokenizer, tokens.row_tokens(row).tolist(), "@" in sequence["sequence"]
+                            tokenizer,
+                            tokens.row_tokens(row).tolist(),
+                            sequence["sequence"] != sequence["documents"][0],
                         ),
                         "token_influence": grid.sum(dim=0).tolist(),
                         "layer_token_influence": grid.tolist(),

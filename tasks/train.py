@@ -55,7 +55,10 @@ def run(context: StageContext) -> None:
         reference = inspect_checkpoint(checkpoint, "scratch", checkpoint.name)
     elif isinstance(given.checkpoint, LocalCheckpoint):
         path = given.checkpoint.path
-        reference = inspect_checkpoint(context.root / path, "checkpoint", path)
+        try:
+            reference = inspect_checkpoint(context.input(path), "checkpoint", path)
+        except ValueError as error:
+            raise ValueError(f"train.checkpoint.path: {error}") from error
     else:
         name, revision = given.checkpoint.hub, given.checkpoint.revision
         reference = inspect_checkpoint(hub_snapshot(name, revision), "hub", name, revision)
@@ -155,7 +158,6 @@ def new_model(architecture: Architecture, vocabulary: int) -> CausalLM:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "tie_word_embeddings": True,
-        "loss_type": "ForCausalLM",  # what transformers takes anyway, after a warning
     }
     if architecture.architecture == "gpt2":
         config: transformers.PreTrainedConfig = transformers.GPT2Config(
@@ -167,7 +169,11 @@ def new_model(architecture: Architecture, vocabulary: int) -> CausalLM:
         )
     with torch.random.fork_rng():
         torch.manual_seed(architecture.seed)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    # GPT-2's class name tells transformers no loss type. It then takes this one all the same, but
+    # its Trainer divides by one token a sequence too many.
+    model.loss_type = "ForCausalLM"
+    return model
 
 
 def train_model(

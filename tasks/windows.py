@@ -63,7 +63,7 @@ def encode(
 
 
 def cut_windows(
-    documents: Sequence[str], tokens: Sequence[NDArray[np.int32]], mode: Mode, context: int
+    documents: list[str], tokens: Sequence[NDArray[np.int32]], mode: Mode, context: int
 ) -> Windows:
     """Cut documents into sequences of at most `context` tokens; no token is lost or repeated.
 
@@ -96,7 +96,7 @@ def cut_windows(
     last = np.searchsorted(begins, offsets[1:], side="left")
     into = offsets[:-1] - begins[first]
     names = [
-        f"{documents[at]}@{offset}" if offset else documents[at]
+        documents[at] + (f"@{offset}" if offset else "")
         for at, offset in zip(first.tolist(), into.tolist(), strict=True)
     ]
     held = [

@@ -4,7 +4,6 @@ Work in progress is in `.work/<run>-<stage>-<fingerprint>/`, outside of what DVC
 runs a stage; the finished `out` folder becomes `artifacts/<run>/<stage>/` by one rename.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ class StageContext:
         params: the checked params; a stage reads the sections that `dvc.yaml` tracks for it.
         root: the checkout, where `dvc.yaml` is.
         fingerprint: sha256 of all that the stage's result depends on.
+        reads: stages whose artefacts `dvc.yaml` lists among the deps; None: not checked.
         tags: where this execution comes from, for MLflow: Prefect ids, DVC experiment.
     """
 
@@ -49,6 +49,7 @@ class StageContext:
     params: RunParams
     root: Path
     fingerprint: str
+    reads: tuple[str, ...] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -70,10 +71,13 @@ class StageContext:
         """The folder that an earlier stage of this run wrote.
 
         Raises:
-            ValueError: if that stage is later than this one, or has not run.
+            ValueError: if `dvc.yaml` does not list it, or that stage has not run.
         """
-        if STAGES.index(stage) >= STAGES.index(self.stage):
-            raise ValueError(f"stage {self.stage} runs before stage {stage} and cannot read it")
+        if self.reads is not None and stage not in self.reads:
+            raise ValueError(
+                f"stage {self.stage} reads the artefact of {stage}, but dvc.yaml does not list it "
+                f"among its deps; add artifacts/${{key}}/{stage} there"
+            )
         folder = self.root / ARTIFACTS / self.run / stage
         if not folder.is_dir():
             raise ValueError(
@@ -128,7 +132,7 @@ def publish(context: StageContext) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             shutil.rmtree(target)
-        os.rename(context.out, target)  # noqa: PTH104: a rename that never copies
+        context.out.rename(target)
     except OSError as error:
         raise StorageError(
             error.errno,

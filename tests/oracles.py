@@ -43,7 +43,7 @@ def targets(sequence: Tokens) -> list[int]:
 
 
 def log_probability(model: nn.Module, sequence: Tokens, labels: Tensor | None = None) -> Tensor:
-    """Σ log p(label_t | tokens before t) over supervised t; the labels are the tokens by default."""
+    """Σ log p(label_t | tokens before t) over supervised t; labels are the tokens by default."""
     labels = sequence[0] if labels is None else labels
     output = logits(model, sequence[0])
     total = output.new_zeros(())
@@ -75,7 +75,9 @@ def label_gradients(
     found = []
     for t in targets(sequence):
         log_p = output[t - 1].log_softmax(0)
-        found += [(log_p[y].exp().item(), weight_gradient(log_p[y], module)) for y in range(len(log_p))]
+        found += [
+            (log_p[y].exp().item(), weight_gradient(log_p[y], module)) for y in range(len(log_p))
+        ]
     return found
 
 
@@ -108,7 +110,7 @@ def layer_io(
 def kronecker_factors(
     model: nn.Module, module: nn.Module, sequences: Sequence[Tokens], labels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """A = mean ā āᵀ, S = mean Ds Dsᵀ over positions that carry a loss, for given labels (Eq. 16)."""
+    """A = mean ā āᵀ, S = mean Ds Dsᵀ over positions with a loss, for given labels (Eq. 16)."""
     A_terms, S_terms = [], []
     for sequence, drawn in zip(sequences, labels, strict=True):
         a, ds = layer_io(model, module, sequence, drawn)
@@ -142,7 +144,7 @@ def expected_kronecker_factors(
 
 
 def fisher(model: nn.Module, module: nn.Module, sequences: Sequence[Tokens]) -> Tensor:
-    """F = mean over sequences of Σ_t Σ_y p_y ∇log p_y ∇log p_yᵀ, the layer's exact block (Eq. 11)."""
+    """F = mean over sequences of Σ_t Σ_y p_y ∇log p_y ∇log p_yᵀ, the exact block (Eq. 11)."""
     total = 0
     for sequence in sequences:
         for p, gradient in label_gradients(model, module, sequence):
@@ -186,9 +188,7 @@ def influence(
 ) -> float:
     """−(1/N) Σ_ℓ ∇fᵀ (G + λI)⁻¹ ∇L, the lists running over layers (Eq. 25 and 30)."""
     total = 0.0
-    for f, L, G, damping in zip(
-        query_gradients, loss_gradients, curvatures, dampings, strict=True
-    ):
+    for f, L, G, damping in zip(query_gradients, loss_gradients, curvatures, dampings, strict=True):
         total -= torch.dot(vec(f), vec(damped_solve(G, L, damping))).item()
     return total / num_training_sequences
 
@@ -196,6 +196,66 @@ def influence(
 def top_k(ids: Sequence[int], scores: Sequence[float], k: int) -> list[tuple[int, float]]:
     """(id, score) of the k highest, equal scores by smaller id."""
     return sorted(zip(ids, scores, strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+def move(steps: Sequence[tuple[nn.Module, Tensor]], scale: float) -> None:
+    """Add scale · V to (W b) of every module, V being [o, d_in], the bias in the last column."""
+    with torch.no_grad():
+        for module, V in steps:
+            weight = V if module.bias is None else V[:, :-1]
+            module.weight += scale * (weight.T if type(module).__name__ == "Conv1D" else weight)
+            if module.bias is not None:
+                module.bias += scale * V[:, -1]
+
+
+def effect_of_a_step(
+    model: nn.Module,
+    sequence: Tokens,
+    steps: Sequence[tuple[nn.Module, Tensor]],
+    scale: float,
+) -> float:
+    """d f / d scale when the weights move along the steps, by a central difference."""
+    values = []
+    with torch.no_grad():
+        for there in (scale, -2 * scale):
+            move(steps, there)
+            values.append(log_probability(model, sequence).item())
+        move(steps, scale)
+    return (values[0] - values[1]) / (2 * scale)
+
+
+def proximal_response(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    sequences: Sequence[Tokens],
+    extra: Tokens,
+    damping: float,
+    num_training_sequences: int,
+) -> list[Tensor]:
+    """θ(1/N) − θ of the proximal Bregman response (Eq. 7), [o, d_in] of each module.
+
+    The minimiser of mean Σ_t KL(p_θs ‖ p_θ) + (1/N) L(extra, θ) + (λ/2)‖θ − θs‖², by iterating
+    θ ← θs − (1/λ) ∇(the other two terms), a contraction when λ is large. The model is restored.
+    """
+    with torch.no_grad():
+        before = [logits(model, z[0]).softmax(-1) for z in sequences]
+    offset = None
+    for _ in range(6):
+        divergence = 0
+        for z, p in zip(sequences, before, strict=True):
+            output = logits(model, z[0]).log_softmax(-1)
+            for t in targets(z):
+                divergence = divergence - (p[t - 1] * output[t - 1]).sum()  # KL up to a constant
+        objective = divergence / len(sequences) - log_probability(model, extra) / (
+            num_training_sequences
+        )
+        gradients = [weight_gradient(objective, module) for module in modules]
+        if offset is not None:
+            move(list(zip(modules, offset, strict=True)), -1.0)
+        offset = [-gradient / damping for gradient in gradients]
+        move(list(zip(modules, offset, strict=True)), 1.0)
+    move(list(zip(modules, offset, strict=True)), -1.0)
+    return offset
 
 
 # ---- filter

@@ -42,7 +42,7 @@ DOORS = {
     "accelerate": ("tasks/models.py", "tasks/train.py"),
     "safetensors": ("tasks/store.py",),
     "pyarrow": ("tasks/store.py",),
-    "ruamel": ("tasks/params.py",),
+    "ruamel": ("tasks/yamlfile.py",),
     "pydantic": ("tasks/params.py", "tasks/complaints.py", "flows/*.py"),
     "filelock": ("tasks/workspace.py", "tasks/dvcstage.py", "flows/*.py"),
     "dvc": ("tasks/dvcstage.py",),

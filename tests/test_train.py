@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,7 +103,7 @@ def test_hub_checkpoint_is_recorded_by_id_and_revision(tmp_path, monkeypatch):
 
 
 def test_bad_checkpoints_stop_the_stage(tmp_path):
-    with pytest.raises(ValueError, match=r"absent: no checkpoint there"):
+    with pytest.raises(ValueError, match=r"train\.checkpoint\.path: .*absent: no checkpoint"):
         linked(tmp_path, "absent")
     broken = Path(shutil.copytree(MODEL, tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
@@ -148,6 +149,30 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
     weights = "checkpoint/model.safetensors"
     assert store.digest(one) == store.digest(two)
     assert store.digest(one / weights) != store.digest(three / weights)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_first_loss_is_the_mean_over_targets_of_the_untrained_model(architecture, tmp_path):
+    # 0.984 of it (63/64) when the first token of each sequence is counted as a target.
+    settings = train.Architecture(
+        **SCRATCH | {"architecture": architecture, "steps": 1, "batch": 4}
+    )
+    model = train.new_model(settings, 300)
+    rows = [np.arange(n, n + 32, dtype=np.int32) for n in (0, 50, 100)]
+    rows.append(np.arange(8, dtype=np.int32))  # padded in the batch
+    rows.append(np.arange(1, dtype=np.int32))  # nothing to predict: left out
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model(torch.from_numpy(row).long()[None]).logits[0, :-1],
+                torch.from_numpy(row).long()[1:],
+                reduction="sum",
+            )
+            for row in rows[:4]
+        ]
+    expected = float(sum(losses)) / (3 * 31 + 7)
+    (first,) = train.train_model(model, rows, settings, tmp_path / "trainer", "cpu")
+    assert first == {"step": 1, "loss": pytest.approx(expected, rel=1e-5)}
 
 
 def test_scratch_training_leaves_the_global_generator_of_model_building_alone():

@@ -173,7 +173,7 @@ def _measured(value: float | None) -> str:
 def _rule(rule: Mapping[str, Any]) -> str:
     """The YAML of a damping rule in words: {ratio: 0.1} or {value: 1e-3}."""
     if "ratio" in rule:
-        return f"{plain(rule['ratio'])} × mean Λ of the layer"
+        return f"{rule['ratio']:g} × mean Λ of the layer"
     if "value" in rule:
         return f"{plain(rule['value'])} in every layer"
     return ", ".join(f"{key} {value}" for key, value in rule.items())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.page.numbers import percent, plain
+from tasks.page.numbers import correlation, percent, plain
 
 Grade = Literal["good", "fair", "poor", "note"]
 GRADES: Mapping[Grade, str] = {
@@ -63,7 +63,7 @@ def _graded(value: float, good: float, fair: float) -> Grade:
     return "good" if value >= good else "fair" if value >= fair else "poor"
 
 
-def _interval(agreement: Mapping[str, Any], shown: Callable[[float], str] = plain) -> str:
+def _interval(agreement: Mapping[str, Any], shown: Callable[[float], str] = correlation) -> str:
     low, high = agreement.get("low"), agreement.get("high")
     return f" ({shown(low)} to {shown(high)})" if low is not None and high is not None else ""
 
@@ -86,7 +86,7 @@ def _split_half(agreement: Mapping[str, Any] | None) -> Verdict | None:
         "before trusting the ranks.",
     }[grade]
     return Verdict(
-        "Split-half agreement", f"r = {plain(value)}{_interval(agreement)}", grade, sentence
+        "Split-half agreement", f"r = {correlation(value)}{_interval(agreement)}", grade, sentence
     )
 
 
@@ -128,7 +128,7 @@ def _low_rank(rescore: Mapping[str, Any] | None) -> Verdict | None:
         "poor": "Search with low-rank query gradients differs from full rank: raise `rank`. The "
         "scores shown are full-rank, but sequences may be missing.",
     }[grade]
-    return Verdict("Low rank against full rank", f"r = {plain(value)}", grade, sentence)
+    return Verdict("Low rank against full rank", f"r = {correlation(value)}", grade, sentence)
 
 
 def _recall(recall: Mapping[str, Any]) -> Verdict | None:

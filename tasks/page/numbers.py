@@ -59,7 +59,7 @@ def plain(value: float, digits: int = 3) -> str:
         return "not a number" if value != value else f"{MINUS if value < 0 else ''}∞"
     if value == 0:
         return "0"
-    power = math.floor(math.log10(abs(value)))
+    power = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded number
     if -3 <= power < 6:
         text = f"{value:,.{max(0, digits - 1 - power)}f}"
     else:
@@ -74,9 +74,18 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def change_in_probability(nats: float) -> str:
-    """What so many nats of log p do to p: "0.31 % more probable"."""
-    change = 100 * math.expm1(min(nats, 50.0))  # past e⁵⁰ nobody reads the number
+    """What so many nats of log p do to p: "0.31 % more probable", "20 times as probable"."""
+    if nats > math.log(2):
+        return f"{plain(math.exp(min(nats, 500.0)), 2)} times as probable"
+    change = 100 * math.expm1(nats)
     return f"{plain(abs(change), 2)} % {'more' if change >= 0 else 'less'} probable"
+
+
+def correlation(value: float) -> str:
+    """A correlation; one that only rounds to 1 does not claim to be 1."""
+    if 0.9995 <= value < 1:
+        return f"{math.floor(value * 1e4) / 1e4:.4f}"
+    return f"{value:.3f}".replace("-", MINUS)
 
 
 def ratio(value: float, largest: float) -> float:

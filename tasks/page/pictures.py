@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tasks.page.numbers import Nats, percent, ratio
-from tasks.page.shading import LEVELS, level
+from tasks.page.shading import LEVELS, levels
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _MOST_BARS = 36  # more are drawn as one bar a block: thinner bars cannot be told apart
@@ -119,20 +122,13 @@ def profile(scores: Sequence[float], nats: Nats) -> Strip:
 
 def token_map(rows: Rows, influence: Sequence[Sequence[float]]) -> str:
     """Layer × token influence as the data URI of a PNG, the last layer on top, a pixel a cell."""
-    num_tokens = len(influence[0])
-    if any(len(row) != num_tokens for row in influence):
+    if len({len(row) for row in influence}) != 1:
         raise ValueError("the rows of a token map have unequal lengths: wanted one cell a token")
-    summed = [
-        [sum(influence[index][token] for index in members) for token in range(num_tokens)]
-        for members in reversed(rows.members)
-    ]
-    largest = max((abs(cell) for row in summed for cell in row), default=0.0)
-    pixels = b"".join(
-        b"\0" + bytes(LEVELS + level(cell, largest) for cell in row) for row in summed
-    )
-    return "data:image/png;base64," + base64.b64encode(
-        _png(num_tokens, len(summed), pixels)
-    ).decode("ascii")
+    cells = np.asarray(influence, dtype=np.float64)
+    summed = np.stack([cells[list(members)].sum(axis=0) for members in reversed(rows.members)])
+    palette = (LEVELS + levels(summed)).astype(np.uint8)
+    picture = _png(palette)
+    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +162,10 @@ def _sparse(labels: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...
     return tuple(kept)
 
 
-def _png(width: int, height: int, rows: bytes) -> bytes:
+def _png(pixels: NDArray[np.uint8]) -> bytes:
     """A palette image: index 0 is the deepest teal, 6 is clear, 12 the deepest red."""
+    height, width = pixels.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # 0: no filter
     colours = [(_TEAL if at < LEVELS else _RED) for at in range(2 * LEVELS + 1)]
     alpha = [round(255 * (abs(at - LEVELS) / LEVELS) ** 0.75) for at in range(2 * LEVELS + 1)]
     chunks: Mapping[bytes, bytes] = {

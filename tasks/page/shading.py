@@ -7,7 +7,10 @@ the *next* token (Grosse et al. 2023, §3.3); the hint of a piece therefore name
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from tasks.page.numbers import Nats
 from tasks.spans import Span, covered
@@ -48,12 +51,12 @@ class ShadedText:
     num_hidden: int  # tokens outside the window
 
 
-def level(influence: float, largest: float) -> int:
-    """Shade of a token, -6 … 6, in the scale of the strongest token of its sequence."""
-    if not largest:
-        return 0
-    steps = round(LEVELS * min(1.0, abs(influence) / largest) ** _CURVE)
-    return steps if influence > 0 else -steps
+def levels(influence: ArrayLike) -> NDArray[np.int64]:
+    """Shade of every entry, -6 … 6, in the scale of the strongest; the shape is kept."""
+    values = np.asarray(influence, dtype=np.float64)
+    largest = np.abs(values).max(initial=0.0)
+    shares = np.abs(values) / largest if largest else np.zeros_like(values)
+    return (np.sign(values) * np.rint(LEVELS * shares**_CURVE)).astype(np.int64)
 
 
 def shaded_text(
@@ -71,9 +74,7 @@ def shaded_text(
         raise ValueError(
             f"{len(tokens)} tokens with {len(influence)} token influences: wanted one each"
         )
-    largest = max((abs(value) for value in influence), default=0.0)
-    levels = [level(value, largest) for value in influence]
-    fragments = _fragments(tokens, levels, covered(marks))
+    fragments = _fragments(tokens, levels(influence).tolist(), covered(marks))
     first, last = window(influence, window_tokens, tokens)
     groups = [
         _groups([one for one in fragments if one.token in part], tokens, influence, nats)
@@ -83,7 +84,7 @@ def shaded_text(
 
 
 def window(influence: Sequence[float], width: int, tokens: Sequence[str]) -> tuple[int, int]:
-    """The `width` neighbouring tokens with the largest Σ|influence|, from a word's start on.
+    """The `width` neighbouring tokens with the largest Σ influence²: the strongest are seen.
 
     Both ends then move outwards to where a sentence or at least a word starts. The whole text
     where little would stay hidden: that is not worth a click.
@@ -91,7 +92,7 @@ def window(influence: Sequence[float], width: int, tokens: Sequence[str]) -> tup
     total = len(influence)
     if total <= 1.2 * width:
         return 0, total
-    sums = [0.0, *accumulate(abs(value) for value in influence)]
+    sums = [0.0, *accumulate(value * value for value in influence)]
     first = max(range(total - width + 1), key=lambda at: (sums[at + width] - sums[at], -at))
     last = first + width
     first = _border(tokens, first, -1)
@@ -132,7 +133,7 @@ class _Fragment:
 
 
 def _fragments(
-    tokens: Sequence[str], levels: Sequence[int], spans: Sequence[Span]
+    tokens: Sequence[str], shades: Sequence[int], spans: Sequence[Span]
 ) -> list[_Fragment]:
     fragments: list[_Fragment] = []
     edges = sorted({edge for span in spans for edge in span})
@@ -141,11 +142,11 @@ def _fragments(
         stop = start + len(token)
         inside = edges[bisect_right(edges, start) : bisect_left(edges, stop)]
         bounds = [start, *inside, stop]
-        for left, right in zip(bounds, bounds[1:], strict=False):
+        for left, right in pairwise(bounds):
             text = token[left - start : right - start]
             # Spans are disjoint, so an odd number of edges up to here means: inside one.
             marked = bisect_right(edges, left) % 2 == 1
-            fragments.append(_Fragment(index, text, levels[index], marked))
+            fragments.append(_Fragment(index, text, shades[index], marked))
         start = stop
     return fragments
 

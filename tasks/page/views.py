@@ -68,12 +68,15 @@ class QueryView:
 
 def query_views(evidence: Evidence, most: int) -> list[QueryView]:
     """All queries in the order of queries.json, with up to `most` neighbours a side."""
-    baselines = Baselines.of(evidence.baselines)
-    rows = Rows.of(evidence.summary["layers"])
-    exponent = unit(evidence).exponent
+    frame = _Frame(
+        evidence,
+        most,
+        Baselines.of(evidence.baselines),
+        Rows.of(evidence.summary["layers"]),
+        unit(evidence).exponent,
+    )
     return [
-        _query_view(evidence, query, number, most, baselines, rows, exponent)
-        for number, query in enumerate(evidence.queries, start=1)
+        _query_view(frame, query, number) for number, query in enumerate(evidence.queries, start=1)
     ]
 
 
@@ -85,87 +88,86 @@ def unit(evidence: Evidence) -> Nats:
     return Nats.of(median(largest.values()) if largest else 0.0)
 
 
-def _query_view(
-    evidence: Evidence,
-    query: Row,
-    number: int,
-    most: int,
-    baselines: Baselines,
-    rows: Rows,
-    exponent: int,
-) -> QueryView:
-    name, anchor = query["name"], f"q{number}"
-    # Its first space stands outside the box that marks it (a completion may be spaces alone).
-    completion = query["completion"].lstrip() or query["completion"]
-    sides = [evidence.neighbours(name, sign, most) for sign in "+-"]
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What all queries share."""
+
+    evidence: Evidence
+    most: int
+    baselines: Baselines
+    rows: Rows
+    exponent: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """What all neighbours of a query share."""
+
+    text: str
+    largest: float
+    nats: Nats
+
+
+def _query_view(frame: _Frame, query: Row, number: int) -> QueryView:
+    name, prompt, anchor = query["name"], query["prompt"], f"q{number}"
+    sides = [frame.evidence.neighbours(name, sign, frame.most) for sign in "+-"]
     scores = [row["influence"] for side in sides for row in side]
     largest = max(map(abs, scores), default=0.0)
-    nats = Nats.of(largest, exponent)
-    text = query["prompt"] + query["completion"]
-    drawn = [
-        tuple(
-            _neighbour(row, f"{anchor}{mark}{row['rank']}", text, largest, nats, baselines, rows)
-            for row in side
-        )
+    scale = _Scale(prompt + query["completion"], largest, Nats.of(largest, frame.exponent))
+    positive, negative = (
+        tuple(_neighbour(frame, scale, row, f"{anchor}{mark}{row['rank']}") for row in side)
         for side, mark in zip(sides, "pn", strict=True)
-    ]
-    cut = max(0, len(query["prompt"]) - _LONG_PROMPT)
-    num_candidates = baselines.num_candidates.get(name)
+    )
+    cut = max(0, len(prompt) - _LONG_PROMPT)
+    # Its first space stands outside the box that marks it (a completion may be spaces alone).
+    completion = query["completion"].lstrip() or query["completion"]
+    num_candidates = frame.baselines.num_candidates.get(name)
     return QueryView(
         number=number,
         anchor=anchor,
         name=name,
         tags=fields({key: query[key] for key in query if not _is_own(key)}),
-        prompt_head=query["prompt"][:cut],
-        prompt=query["prompt"][cut:],
+        prompt_head=prompt[:cut],
+        prompt=prompt[cut:],
         completion_gap=query["completion"][: len(query["completion"]) - len(completion)],
         completion=completion,
         note=str(query.get("note") or ""),
         log_probability=_log_probability(query),
         per_token=_per_token(query),
-        unit=nats.unit,
+        unit=scale.nats.unit,
         num_candidates=f"{num_candidates:,}" if num_candidates else "",
-        profile=profile(scores, nats),
-        positive=drawn[0],
-        negative=drawn[1],
+        profile=profile(scores, scale.nats),
+        positive=positive,
+        negative=negative,
     )
 
 
-def _neighbour(
-    row: Row,
-    anchor: str,
-    query_text: str,
-    largest: float,
-    nats: Nats,
-    baselines: Baselines,
-    rows: Rows,
-) -> Neighbour:
+def _neighbour(frame: _Frame, scale: _Scale, row: Row, anchor: str) -> Neighbour:
+    nats = scale.nats
     tokens, influence = list(row["tokens"]), [float(value) for value in row["token_influence"]]
     text = "".join(tokens)
-    marks = shared_spans(text, query_text)
+    marks = shared_spans(text, scale.text)
     width = max(16, round(_WINDOW_CHARACTERS * len(tokens) / max(1, len(text))))
-    shaded = shaded_text(tokens, influence, marks, width, nats)
-    grid = row.get("layer_token_influence")
-    sparsity = row.get("sparsity")
+    grid, sparsity = row.get("layer_token_influence"), row.get("sparsity")
     low_rank = row.get("influence_low_rank")
     return Neighbour(
         anchor=anchor,
         rank=row["rank"],
         score=nats.signed(row["influence"]),
         change=change_in_probability(row["influence"]),
-        bar=round(100 * ratio(row["influence"], largest), 1),
+        bar=round(100 * ratio(row["influence"], scale.largest), 1),
         sequence=str(row["sequence"]),
         documents=tuple(str(document) for document in row.get("documents") or ()),
         metadata=fields(_json_object(row.get("metadata"))),
-        text=shaded,
+        text=shaded_text(tokens, influence, marks, width, nats),
         num_tokens=len(tokens),
         num_shared=len(covered(marks)),
         darkest=nats.signed(max(map(abs, influence), default=0.0), nats.decimals + 1)[1:],
-        strip=layer_strip(rows, row["layers"], nats),
+        strip=layer_strip(frame.rows, row["layers"], nats),
         strongest=_strongest(tokens, influence, nats),
-        token_map=token_map(rows, grid) if grid is not None and len(grid) else "",
+        token_map=token_map(frame.rows, grid) if grid is not None and len(grid) else "",
         ranks=tuple(
-            (label, baselines.rank(row["query"], row["row"], method))
+            (label, frame.baselines.rank(row["query"], row["row"], method))
             for method, label in _METHODS.items()
         ),
         low_rank=nats.signed(low_rank) if low_rank is not None else "",
@@ -197,9 +199,12 @@ def fields(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         for key, value in values.items()
         if value not in (None, "", [], {})
     }
-    return tuple(
-        (key, text if len(text) <= 160 else text[:160] + "…") for key, text in texts.items()
-    )
+    return tuple((key, shortened(text, 160)) for key, text in texts.items())
+
+
+def shortened(text: str, length: int) -> str:
+    """At most `length` characters, and then an ellipsis."""
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def _json_object(text: str | None) -> Mapping[str, Any]:

@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x).tanh()
         steps = torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype)
         return self.fc2(hidden.cumsum(1) / steps[:, None])
@@ -70,7 +70,7 @@ class MLPLanguageModel(nn.Module):
         self.block = nn.ModuleDict({"mlp": FeedForward(width, hidden)})
         self.head = nn.Linear(width, VOCABULARY)
 
-    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:  # noqa: D102
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
         return SimpleNamespace(logits=self.head(self.block["mlp"](self.embedding(input_ids))))
 
 

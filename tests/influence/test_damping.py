@@ -29,8 +29,8 @@ def test_damping_that_is_not_positive_and_finite_is_refused(rule, bad):
         rule(bad)
 
 
-@pytest.mark.parametrize("values", [torch.zeros(2, 2), torch.full((2, 2), math.nan)])
-def test_relative_damping_of_a_layer_without_curvature_is_refused(values):
-    """λ = 0 would divide zero by zero."""
-    with pytest.raises(ValueError):
-        RelativeDamping(0.1).of(values)
+@pytest.mark.parametrize("curvature", [0.0, math.nan, math.inf])
+def test_relative_damping_without_a_positive_finite_mean_eigenvalue_is_refused(curvature):
+    """λ = 0 would divide zero by zero, and λ = ∞ would score everything 0."""
+    with pytest.raises(ValueError, match="eigenvalue"):
+        RelativeDamping(0.1).of(torch.full((2, 2), curvature))

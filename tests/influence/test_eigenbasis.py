@@ -55,7 +55,10 @@ def test_a_factor_that_is_not_finite_is_refused_by_name(bad):
 def test_rotation_is_the_dense_kronecker_product_and_unrotation_its_transpose():
     frame, V = basis(), torch.randn(3, 4, dtype=torch.float64)
     Q = torch.kron(frame.Q_A, frame.Q_S)
-    rotated, unrotated = oracles.unvec(Q.T @ oracles.vec(V), 3), oracles.unvec(Q @ oracles.vec(V), 3)
+    rotated, unrotated = (
+        oracles.unvec(Q.T @ oracles.vec(V), 3),
+        oracles.unvec(Q @ oracles.vec(V), 3),
+    )
     torch.testing.assert_close(frame.rotate(V), rotated)
     torch.testing.assert_close(frame.unrotate(V), unrotated)
     assert models.relative_error(rotated, unrotated) > 0.5  # rows for columns would be seen

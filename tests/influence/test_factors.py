@@ -61,7 +61,9 @@ def test_a_bias_adds_a_column_of_ones_to_the_inputs():
         A = factors.of(layer).A.value
         assert A.shape == (layer.d_in, layer.d_in)
         inputs = [oracles.layer_io(model, layer.module, z)[0] for z in sequences]
-        rows = [a[t - 1] for a, z in zip(inputs, sequences, strict=True) for t in oracles.targets(z)]
+        rows = [
+            a[t - 1] for a, z in zip(inputs, sequences, strict=True) for t in oracles.targets(z)
+        ]
         torch.testing.assert_close(A[-1], torch.stack(rows).mean(0))
 
 
@@ -176,11 +178,33 @@ def test_sums_of_a_float32_pass_are_kept_in_float64():
     }
 
 
-def test_an_activation_that_is_not_finite_stops_the_fit_and_is_named():
+BAD_WEIGHTS = {
+    "below the layers": ("embedding.weight", 5, r"block\.mlp\.fc1"),
+    "in a layer": ("block.mlp.fc2.weight", 0, r"block\.mlp\.fc2|head"),
+    "in the last layer": ("head.weight", 2, "head"),
+}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", BAD_WEIGHTS)
+def test_an_activation_that_is_not_finite_stops_the_fit_naming_layer_and_first_sequence(place, bad):
+    """Token 5, whose embedding may be bad, is in sequences 42 and 43 only."""
+    name, row, layer = BAD_WEIGHTS[place]
     model = models.mlp()
     with torch.no_grad():
-        model.embedding.weight[5] = float("nan")
-    tokens = [torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3]), torch.tensor([2, 2, 2])]
+        model.get_parameter(name)[row] = bad
+    tokens = [torch.tensor(row) for row in ([1, 2, 3], [1, 5, 3], [5, 2, 2])]
     batch = models.batch([(x, torch.arange(3) > 0) for x in tokens], [41, 42, 43])
-    with pytest.raises(ValueError, match=r"block\.mlp\.fc1(.|\n)*42"):
+    first = 42 if place == "below the layers" else 41
+    with pytest.raises(ValueError, match=rf"({layer})(.|\n)*{first}"):
         fit_factors(model, models.attributed(model), [batch], SEED)
+
+
+def test_a_value_that_is_not_finite_above_all_layers_stops_the_fit():
+    """No layer sees it, but every ds would be NaN."""
+    model = models.mlp()
+    with torch.no_grad():
+        model.head.weight[2] = float("inf")
+    layers = [layer for layer in models.attributed(model) if layer.name != "head"]
+    with pytest.raises(ValueError, match="100"):
+        fit_factors(model, layers, [models.batch(models.corpus())], SEED)

@@ -43,7 +43,9 @@ def test_globs_pick_by_name_and_a_layer_matched_twice_is_there_once_in_model_ord
         f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")
     ]
     picked = names(model, "*.down_proj", "mlp", "*.up_proj")
-    assert picked == [f"model.layers.{n}.mlp.{part}_proj" for n in (0, 1) for part in ("gate", "up", "down")]
+    assert picked == [
+        f"model.layers.{n}.mlp.{part}_proj" for n in (0, 1) for part in ("gate", "up", "down")
+    ]
 
 
 def test_a_glob_that_matches_nothing_is_named_together_with_what_there_is():

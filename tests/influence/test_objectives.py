@@ -34,9 +34,7 @@ def test_the_pseudo_loss_is_the_same_sum_with_other_labels():
     model, sequences = models.mlp(), models.corpus()
     batch = models.batch(sequences)
     labels = (batch.tokens + 1) % models.VOCABULARY
-    wanted = [
-        -oracles.log_probability(model, z, (z[0] + 1) % models.VOCABULARY) for z in sequences
-    ]
+    wanted = [-oracles.log_probability(model, z, (z[0] + 1) % models.VOCABULARY) for z in sequences]
     logits = forward(model, batch)
     torch.testing.assert_close(pseudo_loss(logits, batch, labels), torch.stack(wanted))
     torch.testing.assert_close(
@@ -101,7 +99,9 @@ def test_labels_do_not_depend_on_batch_order_or_padding():
     model, sequences = models.llama(), models.corpus(lengths=(6, 3, 5, 2, 4, 6))
     together = models.drawn_labels(model, sequences, seed=3)
     order = [4, 1, 0, 5, 3, 2]
-    shuffled = models.drawn_labels(model, [sequences[i] for i in order], 3, [100 + i for i in order])
+    shuffled = models.drawn_labels(
+        model, [sequences[i] for i in order], 3, [100 + i for i in order]
+    )
     for place, i in enumerate(order):
         alone = models.drawn_labels(model, [sequences[i]], 3, [100 + i])[0]
         padding = (torch.ones(15, dtype=torch.long), torch.arange(15) > 0)

@@ -31,6 +31,12 @@ def test_influence_is_minus_the_raw_contraction_over_n():
     assert influence(raw, 8).tolist() == [[-0.25, 0.5], [0.0, -0.125]]
 
 
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_training_set_without_sequences_is_refused(n):
+    with pytest.raises(ValueError, match=str(n)):
+        influence(torch.ones(2), n)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("rank", [1, 2, None])
 @pytest.mark.parametrize("forms_gradient", [True, False])
@@ -62,6 +68,22 @@ def test_a_stream_contracts_every_query_with_every_sequences_loss_gradient(case,
             torch.testing.assert_close(raw[q, n, number], wanted, rtol=1e-9, atol=1e-11)
 
 
+def test_sequences_without_a_supervised_token_score_zero_alone_and_in_company():
+    model, (z, *_) = models.gpt2(), models.corpus()
+    silent = (z[0], torch.zeros_like(z[1]))
+    layers = models.attributed(model)
+    batches = [
+        models.batch([silent]),
+        models.batch([silent, z]),
+        models.batch([(z[0][:1], z[1][:1])]),
+    ]
+    alone, company, single = stream(model, layers, some_queries(layers, None), batches)
+    assert not alone[1].any()
+    assert not single[1].any()
+    assert not company[1][:, 0].any()
+    assert company[1][:, 1].any()
+
+
 def test_layers_come_in_the_order_asked_for():
     model, batches = models.mlp(), [models.batch(models.corpus())]
     layers = models.attributed(model)
@@ -82,6 +104,18 @@ def test_a_layer_that_a_batch_does_not_run_scores_zero():
     assert raw[..., :-1].all()
 
 
+@pytest.mark.parametrize("row", [[5, 1], [1, 5]])
+def test_an_activation_that_is_not_finite_stops_the_stream_and_is_named(row):
+    """Also at the last position: it feeds no loss, but 0 · NaN is NaN in the score."""
+    model = models.mlp()
+    with torch.no_grad():
+        model.embedding.weight[5] = float("nan")
+    layers = models.attributed(model)
+    sequences = [(torch.tensor(z), torch.arange(2) > 0) for z in ([1, 2], row)]
+    with pytest.raises(ValueError, match=r"block\.mlp\.fc1(.|\n)*101"):
+        list(stream(model, layers, some_queries(layers, 1), [models.batch(sequences)]))
+
+
 def test_both_ways_of_contracting_occur_in_the_streams_above():
     model = models.gpt2()
     layers = models.attributed(model)
@@ -96,18 +130,16 @@ def test_both_ways_of_contracting_occur_in_the_streams_above():
 
 @given(st.data())
 def test_the_top_k_is_the_same_however_the_scores_are_sharded_and_merged(data):
-    """Few distinct scores, so ties are common; the smaller id wins."""
+    """Few distinct scores, so ties are common; the smaller id wins. Shards may be below k."""
     n, k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
     ids = data.draw(st.permutations(range(50, 50 + n)))
     scores = data.draw(
         st.lists(st.lists(st.integers(-2, 2), min_size=n, max_size=n), min_size=1, max_size=2)
     )
-    num_shards = data.draw(st.integers(1, max(1, n // k)))
     table = torch.tensor(scores, dtype=torch.float64)
-    cuts = [n * s // num_shards for s in range(num_shards + 1)]
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, n - 1)) if n > 1 else st.just(()))), n]
     shards = [
-        TopK.of(torch.tensor(ids[a:b]), table[:, a:b], k)
-        for a, b in itertools.pairwise(cuts)
+        TopK.of(torch.tensor(ids[a:b]), table[:, a:b], k) for a, b in itertools.pairwise(cuts)
     ]
     merged, *rest = data.draw(st.permutations(shards))
     for shard in rest:

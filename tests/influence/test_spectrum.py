@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,38 @@ def test_shards_add_up_to_the_whole_and_in_a_fixed_order_to_the_last_bit():
         assert merged.num_sequences == wanted.num_sequences == 6
         torch.testing.assert_close(merged.squared_sum, wanted.squared_sum, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(merged.norm_sum, wanted.norm_sum)
+
+
+class SometimesIdle(models.MLPLanguageModel):
+    """A layer that runs only when a token 5 is in the batch, and acts on tokens 5 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = torch.nn.Linear(3, 3)
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        x = self.embedding(input_ids)
+        chosen = (input_ids == 5).unsqueeze(-1)
+        if chosen.any():
+            x = x + self.expert(x) * chosen
+        return SimpleNamespace(logits=self.head(self.block["mlp"](x)))
+
+
+def test_a_layer_that_some_batches_do_not_run_counts_their_sequences_all_the_same():
+    """Else its Λ, a mean over sequences, would depend on how they are batched."""
+    model = models.randomise(SometimesIdle(), 0)
+    layers = models.attributed(model)
+    sequences = [(torch.tensor(row), torch.arange(3) > 0) for row in ([1, 5, 2], [1, 2, 3])]
+    ways = [
+        [models.batch(sequences)],
+        [models.batch([z], [100 + n]) for n, z in enumerate(sequences)],
+        [models.batch([sequences[n]], [100 + n]) for n in (1, 0)],
+    ]
+    one, *others = (
+        fit_spectra(model, layers, any_bases(layers), batches, SEED) for batches in ways
+    )
+    for other in others:
+        torch.testing.assert_close(other["expert"].values, one["expert"].values)
 
 
 def test_spectra_add_sums_and_counts():

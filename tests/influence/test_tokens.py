@@ -77,3 +77,4 @@ def test_sparsity_is_one_for_a_spike_and_one_over_root_t_for_a_plain():
     assert sparsity(torch.tensor([0.0, -3.0, 0.0, 0.0])) == pytest.approx(1)
     assert sparsity(torch.tensor([2.0, -2.0, 2.0, 2.0])) == pytest.approx(0.5)
     assert sparsity(torch.tensor([3.0, -4.0])) == pytest.approx(5 / 7)
+    assert sparsity(torch.zeros(3)) == 0  # nothing at all is no spike

@@ -1,0 +1,56 @@
+"""The top sequences of a run as lines for a terminal."""
+
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tasks import store
+from tasks.workspace import ARTIFACTS
+
+COLUMNS = ["query", "sign", "rank", "sequence", "influence", "tokens", "token_influence"]
+LEAD = 0.4  # of a snippet that stands before its strongest token
+
+
+def top_lines(root: Path, run: str, query: str | None = None, limit: int = 5) -> Iterator[str]:
+    """The highest and lowest sequences of each query whose name contains `query`.
+
+    Raises:
+        ValueError: if the run has no scores, or no query of that name.
+    """
+    folder = root / ARTIFACTS / run
+    rows = store.read_table(folder / "score" / "top.parquet", COLUMNS).to_pylist()
+    asked = {each["name"]: each for each in store.read_json(folder / "query" / "queries.json")}
+    names = [name for name in asked if query is None or query in name]
+    if not names:
+        raise ValueError(f"run {run} has no query named like {query!r}; it has {', '.join(asked)}")
+    width = shutil.get_terminal_size((100, 24)).columns
+    yield "influence in nats of log p(completion | prompt) per extra copy; + raises it"
+    for name in names:
+        yield ""
+        yield f"{name}: {flat(asked[name]['prompt'])} → {flat(asked[name]['completion'])}"
+        chosen = [row for row in rows if row["query"] == name and row["rank"] <= limit]
+        for _, signed in groupby(chosen, key=lambda row: row["sign"]):
+            yield from (line(row, width) for row in signed)
+
+
+def line(row: dict[str, Any], width: int) -> str:
+    """Influence, id and the part of the text around the token that did most."""
+    head = f"  {row['influence']:+10.2e}  {row['sequence']:<16}  "
+    return head + snippet(row["tokens"], row["token_influence"], max(20, width - len(head)))
+
+
+def snippet(tokens: list[str], influence: list[float], width: int) -> str:
+    """At most `width` characters of the text around the token of largest absolute influence."""
+    strongest = max(range(len(influence)), key=lambda t: abs(influence[t]), default=0)
+    before, text = len(flat("".join(tokens[:strongest]))), flat("".join(tokens))
+    start = max(0, min(before - round(LEAD * width), len(text) - width))
+    shown = text[start : start + width]
+    shown = f"…{shown[1:]}" if start else shown
+    return f"{shown[:-1]}…" if start + width < len(text) else shown
+
+
+def flat(text: str) -> str:
+    """The text on one line."""
+    return " ".join(text.split())

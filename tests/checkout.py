@@ -1,0 +1,218 @@
+"""Copies of this checkout to run real commands in, with real stages or with toy ones."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from flows.closure import write_deps
+from tasks.workspace import STAGES, WORK
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("flows", "influence", "params", "tasks", "data")
+FILES = ("dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore")
+HOLD = "hold"  # while a file of this name is at the root, shards from the third on wait
+READS = {"train": (), "tokenize": ("train",), "filter": ("tokenize",), "factors": ("tokenize",)}
+TOY = '''"""Toy stage."""
+
+from pathlib import Path
+
+from tasks import store
+from tasks.shards import ShardRef, map_shards, split
+from tasks.workspace import StageContext
+
+
+def run(context: StageContext) -> None:
+    told = [store.digest(context.artifact(name)) for name in {reads!r}]
+    told.append(str({param}))
+    shards = split(40, context.params.runtime.shards)
+    parts = map_shards(context, compute, shards, suffix=".json", told=told)
+    for name in {outs!r}:
+        store.write_json(context.out / name, [store.read_json(part) for part in parts])
+
+
+def compute(context: StageContext, shard: ShardRef, path: Path, told: list[str]) -> None:
+    if (context.root / "bad").exists() and shard.index == 1:
+        raise ValueError("shard 1 is bad; mend it")
+    if (context.root / "broken").exists():
+        raise RuntimeError("this is our fault")
+    store.write_json(path, [context.stage, sum(shard.items), *told])
+'''
+HELD = """        while (self.context.root / "hold").exists() and self.shard.index > 1:
+            __import__("time").sleep(0.02)
+        self.compute("""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A copy of the project in `path`, with the environment for its commands."""
+
+    path: Path
+    server: str | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, with this Python first and Prefect's state in the copy."""
+        environment = dict(os.environ)
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        environment |= {"PREFECT_API_URL": self.server} if self.server else {}
+        return environment
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """A command at the root of the copy: `python …`, `dvc …`."""
+        return subprocess.Popen(
+            command,
+            cwd=self.path,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """A command to its end."""
+        process = self.start(*command)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            end_tree(process.pid)
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def stage(self, stage: str, run: str = "smoke") -> subprocess.CompletedProcess[str]:
+        """`python -m flows.stage`."""
+        return self.run("python", "-m", "flows.stage", stage, run)
+
+    def pipeline(self, until: str, run: str = "smoke") -> subprocess.CompletedProcess[str]:
+        """`python -m flows.pipeline`."""
+        return self.run("python", "-m", "flows.pipeline", run, "--until", until)
+
+    def shards(self, stage: str) -> list[Path]:
+        """Files of finished shards that a stage left in `.work/`."""
+        return sorted((self.path / WORK).glob(f"smoke-{stage}-*/*-of-*"))
+
+    def artifact(self, stage: str) -> Path:
+        """A stage's published folder."""
+        return self.path / "artifacts" / "smoke" / stage
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replace text in a file."""
+        text = (self.path / file).read_text()
+        assert old in text
+        (self.path / file).write_text(text.replace(old, new, 1))
+
+    @contextlib.contextmanager
+    def flag(self, name: str) -> Iterator[None]:
+        """While a file of this name is at the root."""
+        (self.path / name).touch()
+        try:
+            yield
+        finally:
+            (self.path / name).unlink()
+
+
+def make_checkout(path: Path, server: str | None = None, toy: bool = False) -> Checkout:
+    """A copy with git and DVC; `toy`: every stage is a toy without torch.
+
+    The one change to the code that is tested: shards from the third on wait for the flag `hold`.
+    """
+    for name in PARTS:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, path / name, ignore=ignore, copy_function=shutil.copy)
+    for name in FILES:
+        (path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, path / name)
+    checkout = Checkout(path, server)
+    checkout.edit("tasks/shards.py", "        self.compute(", HELD)
+    if toy:
+        _write_toys(path)
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "start"]):
+        subprocess.run([*git, *command], cwd=path, check=True, capture_output=True)
+    return checkout
+
+
+def _write_toys(path: Path) -> None:
+    params = {"factors": "context.params.factors.sequences"}
+    for stage in STAGES:
+        reads, param = READS.get(stage, ("factors",)), params.get(stage, "0")
+        outs = ["baselines.parquet", "recall.json", "metrics.json"]
+        outs += ["spectra.png", "split_half.png", "baselines.png"]
+        outs = outs if stage == "validate" else ["out.json"]
+        text = TOY.format(reads=reads, param=param, outs=outs)
+        (path / "tasks" / f"{stage}.py").write_text(text)
+    write_deps(path)
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path) -> Iterator[str]:
+    """A Prefect server on a free port of this machine; its API URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
+    environment = os.environ | {"PREFECT_HOME": str(home)}
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        wait_for(lambda: _answers(f"{url}/health"), 120, "the Prefect server")
+        yield url
+    finally:
+        end_tree(process.pid)
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until a condition holds; fail with what was waited for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def processes_below(pid: int) -> list[psutil.Process]:
+    """The living children of a process, theirs, and so on."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def stage_process(pid: int) -> psutil.Process | None:
+    """The process of a stage below a process, or it itself."""
+    for process in (psutil.Process(pid), *processes_below(pid)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = process.cmdline()
+            if "flows.stage" in line and Path(line[0]).name.startswith("python"):
+                return process
+    return None
+
+
+def end_tree(pid: int) -> None:
+    """Kill a process and all below it."""
+    for number in [*(process.pid for process in processes_below(pid)), pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)

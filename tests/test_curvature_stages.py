@@ -1,0 +1,236 @@
+"""Stages factors, eigen, correct, query, stream and score: against oracles, and what cannot matter.
+
+One small run in float64 at full rank goes through the stages on the embedded model and real
+stories, and its table of scores is compared with dense algebra on the same files.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks import correct, eigen, factors, filter, query, score, store, stream, tokenize, train
+from tasks.attributed import PassReference
+from tasks.curvature import read_eigen, read_factors, read_spectra
+from tests import oracles
+from tests.small_run import ROOT, SECTIONS, run_stage, stage_context, write_lines
+
+STAGES = {
+    "train": train,
+    "tokenize": tokenize,
+    "filter": filter,
+    "factors": factors,
+    "eigen": eigen,
+    "correct": correct,
+    "query": query,
+    "stream": stream,
+    "score": score,
+}
+EXACT = {
+    # The two smallest kinds of layers, 2048 weights each: their dense G fits a test.
+    "layers": ["model.layers.4.self_attn.k_proj", "model.layers.3.self_attn.v_proj"],
+    "query": SECTIONS["query"] | {"rank": None},
+    "runtime": SECTIONS["runtime"] | {"dtype": "float64"},
+}
+
+
+def stories(count: int) -> list[dict[str, str]]:
+    with gzip.open(ROOT / "data/tinystories/first1000.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+
+
+def make(root: Path, **sections) -> Path:
+    write_lines(root / "corpus.jsonl", stories(8))
+    queries = [
+        {"name": "park", "prompt": "Lily went to the", "completion": " park to play."},
+        {"name": "toy", "prompt": "Tom lost his", "completion": " toy car."},
+    ]
+    write_lines(root / "queries.jsonl", queries)
+    for name, module in STAGES.items():
+        run_stage(root, name, module, **sections)
+    return root / "artifacts/small"
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("exact"), **EXACT)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("single"))
+
+
+def scores(folder: Path) -> dict[tuple[str, str, int], float]:
+    table = store.read_table(folder / "score/scores.parquet").to_pylist()
+    return {(r["method"], r["query"], r["row"]): r["influence"] for r in table}
+
+
+def test_every_score_is_the_dense_damped_solve(exact):
+    """−∇fᵀ(G + λI)⁻¹∇L / N, with G = Q Λ Qᵀ dense and the gradients by plain autograd."""
+    root = exact.parent.parent
+    context = stage_context(root, "score", **EXACT)
+    model = PassReference.of(context).attributed().model.double().requires_grad_(True)
+    tokens = store.read_tensors(exact / "tokenize/tokens.safetensors")
+    queries = store.read_json(exact / "query/queries.json")
+    spectra = read_spectra(exact / "correct/spectrum.safetensors")
+    layers = {
+        layer["name"]: layer for layer in store.read_json(exact / "factors/layers.json")["layers"]
+    }
+    found = scores(exact)
+    modules = dict(model.named_modules())
+    rows = sorted({row for _, _, row in found})
+    solved: dict[str, list[torch.Tensor]] = {}
+    for name, layer in layers.items():
+        values = spectra[name].values
+        G = oracles.ekfac(
+            read_eigen(exact / "eigen", f"A/{layer['input_group']}").vectors,
+            read_eigen(exact / "eigen", f"S/{name}").vectors,
+            values,
+        )
+        damping = 0.1 * float(values.mean())
+        solved[name] = []
+        for q in queries:
+            ids = torch.tensor(q["prompt_tokens"] + q["completion_tokens"])
+            supervised = torch.arange(len(ids)) >= len(q["prompt_tokens"])
+            f = oracles.log_probability(model, (ids, supervised))
+            V = oracles.weight_gradient(f, modules[name])
+            solved[name].append(oracles.damped_solve(G, V, damping))
+    for row in rows[:4]:
+        start, end = tokens["offsets"][row : row + 2].tolist()
+        ids, supervised = tokens["tokens"][start:end].long(), tokens["supervised"][start:end].bool()
+        loss = -oracles.log_probability(model, (ids, supervised))
+        gradients = {
+            name: oracles.weight_gradient(loss, modules[name]) for name in layers
+        }
+        for q, described in enumerate(queries):
+            expected = -sum(
+                float((solved[name][q] * gradients[name]).sum()) for name in layers
+            ) / (len(tokens["offsets"]) - 1)
+            assert found["ekfac", described["name"], row] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_top_table_adds_up_by_layer_and_by_token(exact):
+    for row in store.read_table(exact / "score/top.parquet").to_pylist():
+        grid = torch.tensor(row["layer_token_influence"], dtype=torch.float64)
+        # float32 columns; a lost layer or token would be off by far more
+        assert float(grid.sum()) == pytest.approx(row["influence"], rel=1e-5, abs=1e-9)
+        assert sum(row["layers"]) == pytest.approx(row["influence"], rel=1e-5, abs=1e-9)
+        assert sum(row["token_influence"]) == pytest.approx(row["influence"], rel=1e-5, abs=1e-9)
+        assert len(row["tokens"]) == len(row["token_influence"]) == grid.shape[1]
+
+
+def test_the_top_table_is_ordered_and_split_by_sign(single):
+    rows = store.read_table(single / "score/top.parquet").to_pylist()
+    assert {row["query"] for row in rows} == {"park", "toy"}
+    for name in ("park", "toy"):
+        up = [r["influence"] for r in rows if r["query"] == name and r["sign"] == "+"]
+        down = [r["influence"] for r in rows if r["query"] == name and r["sign"] == "-"]
+        assert up == sorted(up, reverse=True) and all(score > 0 for score in up)
+        assert down == sorted(down) and all(score < 0 for score in down)
+        assert up and down
+
+
+def test_a_full_rank_rescore_is_the_streamed_score_where_nothing_was_truncated(exact):
+    found = scores(exact)
+    for row in store.read_table(exact / "score/top.parquet").to_pylist():
+        assert row["influence"] == pytest.approx(found["ekfac", row["query"], row["row"]], rel=1e-9)
+        assert row["influence_low_rank"] == found["ekfac", row["query"], row["row"]]
+
+
+def test_tokens_of_the_top_table_join_into_the_text_of_the_story(single):
+    texts = {story["id"]: story["text"] for story in stories(8)}
+    for row in store.read_table(single / "score/top.parquet").to_pylist():
+        [document] = row["documents"]
+        assert "".join(row["tokens"]).removeprefix("<s>") in texts[document]
+
+
+@pytest.mark.parametrize(
+    "runtime", [{"shards": 1}, {"tokens_per_batch": 64}, {"workers": 3}], ids=str
+)
+def test_runtime_changes_no_score_beyond_rounding(single, tmp_path, runtime):
+    other = make(tmp_path, runtime=SECTIONS["runtime"] | runtime)
+    first, second = scores(single), scores(other)
+    assert first.keys() == second.keys()
+    largest = max(abs(score) for score in first.values())
+    for key, value in first.items():
+        # ≤ 1e-6 of the largest: a wrong weight of one shard would show at 1e-2
+        assert second[key] == pytest.approx(value, rel=1e-5, abs=1e-6 * largest)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(single, tmp_path):
+    again = make(tmp_path)
+    for file in ("scores.parquet", "top.parquet", "summary.json"):
+        if file != "summary.json":
+            assert (single / "score" / file).read_bytes() == (again / "score" / file).read_bytes()
+    for path in ("factors/factors.safetensors", "correct/spectrum.safetensors"):
+        assert (single / path).read_bytes() == (again / path).read_bytes()
+
+
+def test_factors_count_supervised_tokens_and_spectra_count_sequences(single):
+    tokens = store.read_tensors(single / "tokenize/tokens.safetensors")
+    num_sequences = len(tokens["offsets"]) - 1
+    wanted = SECTIONS["factors"]["sequences"]
+    assert num_sequences > wanted
+    written = store.read_json(single / "factors/layers.json")
+    assert written["num_sequences"] == wanted
+    fitted = read_factors(single / "factors/factors.safetensors")
+    assert {part.num_tokens for part in fitted.outputs.values()} == {written["num_tokens"]}
+    spectra = read_spectra(single / "correct/spectrum.safetensors")
+    assert {spectrum.num_sequences for spectrum in spectra.values()} == {wanted}
+
+
+def test_gate_and_up_share_one_input_factor(single):
+    fitted = read_factors(single / "factors/factors.safetensors")
+    layers = store.read_json(single / "factors/layers.json")["layers"]
+    assert len(fitted.outputs) == 15 and len(fitted.inputs) == 10
+    groups = {layer["name"]: layer["input_group"] for layer in layers}
+    assert groups["model.layers.0.mlp.up_proj"] == groups["model.layers.0.mlp.gate_proj"]
+
+
+def test_the_header_names_what_is_left_out(single):
+    summary = store.read_json(single / "score/summary.json")
+    left = {each["name"]: each["reason"] for each in summary["coverage"]["left_out"]}
+    assert left["model.embed_tokens"] == "tied to lm_head"
+    assert left["model.layers.0.self_attn.q_proj"] == "not in `layers`"
+    assert summary["num_training_sequences"] == summary["corpus"]["num_sequences"]
+    assert summary["damping"]["rule"] == {"ratio": 0.1}
+    assert set(summary["damping"]["layers"]) == set(summary["layers"])
+    total = summary["coverage"]["num_attributed"] + sum(
+        each["num_parameters"] for each in summary["coverage"]["left_out"]
+    )
+    assert total == summary["coverage"]["num_parameters"] == 260032
+
+
+def test_a_huge_damping_leaves_the_gradient_dot_product(tmp_path):
+    damping = 1e9
+    folder = make(tmp_path, query=SECTIONS["query"] | {"damping": {"value": damping}})
+    found = scores(folder)
+    for (method, name, row), value in found.items():
+        if method == "ekfac":
+            # rank 4 truncates both alike only where λ drowns Λ
+            assert value * damping == pytest.approx(
+                found["gradient_dot", name, row], rel=1e-3, abs=1e-6
+            )
+
+
+def test_a_broken_weight_is_reported_with_layer_and_sequence(single, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = tmp_path / "broken"
+    checkpoint.mkdir()
+    source = ROOT / "data/models/stories260K"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).write_bytes((source / name).read_bytes())
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    write_lines(tmp_path / "corpus.jsonl", stories(8))
+    sections = {"train": {"checkpoint": {"path": str(checkpoint)}}}
+    for name in ("train", "tokenize"):
+        run_stage(tmp_path, name, STAGES[name], **sections)
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj.*NaN.*sequence 'ts-\d"):
+        factors.run(stage_context(tmp_path, "factors", **sections))
+    assert not (tmp_path / "artifacts/small/factors").exists()

@@ -1,0 +1,214 @@
+"""The doors with toy stages and real processes: errors, kill -9 and resume, cache, one at a time."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks import store
+from tests.checkout import (
+    HOLD,
+    Checkout,
+    make_checkout,
+    prefect_server,
+    processes_below,
+    stage_process,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with prefect_server(tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, server: str) -> Checkout:
+    return make_checkout(tmp_path / "project", server, toy=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The digests of an undisturbed run, on a server of its own (none is up)."""
+    checkout = make_checkout(tmp_path_factory.mktemp("undisturbed") / "project", toy=True)
+    done = checkout.pipeline("factors")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {
+        name: store.digest(checkout.artifact(name)) for name in ("train", "tokenize", "factors")
+    }
+
+
+def sentences(text: str) -> list[str]:
+    """The lines of standard error."""
+    return [line for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["flows.stage", "train", "nope"], "train@nope: error: there is no params/nope.yaml"),
+        (["flows.pipeline", "nope"], "pipeline: error: there is no params/nope.yaml"),
+        (
+            ["flows.stage", "query", "smoke"],
+            "query@smoke: error: query@smoke depends on artifacts/",
+        ),
+        (["flows", "top", "smoke"], "flows: error: "),
+    ],
+)
+def test_a_user_error_is_one_sentence(checkout, arguments, complaint):
+    done = checkout.run("python", "-m", *arguments)
+    assert done.returncode == 1
+    (line,) = sentences(done.stderr)
+    assert line.startswith(complaint)
+    assert done.stdout == ""
+
+
+def test_a_run_that_is_not_active_is_told_how_to_become_it(checkout):
+    text = (checkout.path / "params/smoke.yaml").read_text()
+    (checkout.path / "params/mine.yaml").write_text(text)
+    for command in (["flows.stage", "train", "mine"], ["flows.pipeline", "mine"]):
+        done = checkout.run("python", "-m", *command)
+        assert done.returncode == 1
+        assert "python -m flows activate mine" in done.stderr
+    assert checkout.run("python", "-m", "flows", "activate", "mine").returncode == 0
+    done = checkout.run("python", "-m", "flows", "check", "mine")
+    assert done.returncode == 0
+    assert "train     would run: " in done.stdout
+
+
+def test_a_server_that_does_not_answer_is_named(checkout):
+    alone = Checkout(checkout.path, "http://127.0.0.1:9/api")
+    for command in (["flows.stage", "train", "smoke"], ["flows.pipeline", "smoke"]):
+        done = alone.run("python", "-m", *command)
+        assert done.returncode == 1
+        (line,) = sentences(done.stderr)
+        assert "PREFECT_API_URL is http://127.0.0.1:9/api, but no Prefect server" in line
+        assert "make server" in line
+
+
+def test_a_shard_that_fails_is_told_in_one_sentence_and_the_others_are_kept(checkout, expected):
+    with checkout.flag("bad"):
+        done = checkout.stage("train")
+    assert done.returncode == 1
+    assert sentences(done.stderr) == ["train@smoke: error: shard 1 is bad; mend it"]
+    assert not checkout.artifact("train").exists()
+    kept = checkout.shards("train")
+    assert 1 <= len(kept) <= 3
+    done = checkout.stage("train")
+    assert done.returncode == 0
+    assert done.stdout.count("was there already") == len(kept)
+    assert store.digest(checkout.artifact("train")) == expected["train"]
+
+
+def test_a_fault_of_ours_comes_with_its_traceback(checkout):
+    with checkout.flag("broken"):
+        done = checkout.stage("train")
+    assert done.returncode == 1
+    assert sentences(done.stderr)[0] == "train@smoke: error: this is our fault"
+    assert "Traceback" in done.stderr
+    assert "in compute" in done.stderr
+
+
+def test_kill_9_of_a_stage_under_dvc_leaves_no_artefact_and_the_rerun_resumes(checkout, expected):
+    with checkout.flag(HOLD):
+        process = checkout.start("dvc", "repro", "train@smoke")
+        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        stage = stage_process(process.pid)
+        assert stage is not None
+        time.sleep(0.5)  # the files are there a moment before Prefect has noted them
+        stage.kill()
+        _, err = process.communicate(timeout=30)
+    assert "failed to reproduce" in err
+    assert not checkout.artifact("train").exists()
+    first, second = checkout.shards("train")
+    first.write_text("[]")  # as if the disk had lost it: what is remembered no longer fits
+    done = checkout.run("dvc", "repro", "train@smoke")
+    assert done.returncode == 0, done.stderr
+    assert "2 was there already" in done.stdout
+    assert done.stdout.count("was there already") == 1
+    assert store.digest(checkout.artifact("train")) == expected["train"]
+    assert not second.exists()
+    assert "up to date" in checkout.run("dvc", "status", "train@smoke").stdout
+
+
+def test_kill_9_of_the_pipeline_ends_what_it_started_and_the_rerun_resumes(checkout, expected):
+    with checkout.flag(HOLD):
+        process = checkout.start("python", "-m", "flows.pipeline", "smoke", "--until", "factors")
+        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        below = processes_below(process.pid)
+        assert stage_process(process.pid) in below
+        refused = checkout.pipeline("train")
+        assert refused.returncode == 1
+        assert f"another pipeline (process {process.pid}) is at work" in refused.stderr
+        process.kill()
+        process.communicate()
+        _, alive = psutil.wait_procs(below, timeout=10)
+        assert not alive
+    done = checkout.pipeline("factors")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("was there already") == 2
+    for stage, digest in expected.items():
+        assert store.digest(checkout.artifact(stage)) == digest
+
+
+def test_an_interrupt_ends_the_pipeline_and_what_it_started(checkout):
+    with checkout.flag(HOLD):
+        process = checkout.start("python", "-m", "flows.pipeline", "smoke", "--until", "train")
+        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        below = processes_below(process.pid)
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert "run the same command to go on" in err
+    _, alive = psutil.wait_procs(below, timeout=1)
+    assert not alive
+
+
+def test_the_pipeline_runs_only_what_changed_and_restores_what_was_there(checkout, expected):
+    first = checkout.pipeline("factors")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert str(checkout.artifact("factors")) in first.stdout.splitlines()[-1]
+    second = checkout.pipeline("factors")
+    assert second.stdout.count(": cached") == 4
+    assert "done in" not in second.stdout
+
+    checkout.edit("params/smoke.yaml", "sequences: 96", "sequences: 95")
+    checkout.edit("params/smoke.yaml", "workers: 2", "workers: 1")
+    third = checkout.pipeline("factors")
+    assert third.stdout.count(": cached") == 3
+    assert "factors@smoke: runs (changed deps: params/smoke.yaml" in third.stdout
+    assert store.digest(checkout.artifact("factors")) != expected["factors"]
+
+    checkout.edit("params/smoke.yaml", "sequences: 95", "sequences: 96")
+    fourth = checkout.pipeline("factors")
+    assert "is cached - skipping run" in fourth.stdout
+    assert "factors@smoke: done" not in fourth.stdout
+    assert store.digest(checkout.artifact("factors")) == expected["factors"]
+    assert "didn't change, skipping" in checkout.run("dvc", "repro", "factors@smoke").stdout
+
+
+def test_a_stage_that_fails_stops_the_pipeline_with_its_message(checkout):
+    with checkout.flag("bad"):
+        done = checkout.pipeline("factors")
+    assert done.returncode == 1
+    assert "pipeline: stopped: train@smoke: error: shard 1 is bad; mend it" in done.stderr
+    assert "tokenize" not in done.stdout
+
+
+def test_gc_removes_only_what_no_stage_will_take_up(checkout):
+    with checkout.flag("bad"):
+        checkout.stage("train")
+    kept = checkout.shards("train")[0].parent
+    for name in ("smoke-train-0123456789ab", "gone-train-0123456789ab", "rubbish"):
+        (kept.parent / name).mkdir()
+    listed = checkout.run("python", "-m", "flows", "gc", "--dry-run")
+    assert listed.stdout.splitlines()[-1].startswith("3 folders")
+    assert (kept.parent / "rubbish").is_dir()
+    done = checkout.run("python", "-m", "flows", "gc")
+    assert done.returncode == 0
+    assert [path for path in kept.parent.iterdir() if path.is_dir()] == [kept]
