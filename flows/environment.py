@@ -28,6 +28,7 @@ def set_environment(root: Path) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DVC_NO_ANALYTICS": "true",
+        "TQDM_DISABLE": "1",  # other libraries' progress bars would cut through our lines
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from influence.spectrum import fit_spectra
 from tasks.attributed import PassReference
-from tasks.curvature import add_spectra, read_bases, read_spectra, write_spectra
+from tasks.eigens import read_bases
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
+from tasks.spectra import add_spectra, read_spectra, write_spectra
 from tasks.workspace import StageContext
 
 

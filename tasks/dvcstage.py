@@ -25,7 +25,8 @@ def input_fingerprint(root: Path, stage: str, run: str, runtime: Runtime) -> str
         ValueError: if an input is missing, or DVC has no such stage.
     """
     with _stage(root, stage, run) as found:
-        seen = {"cmd": found.cmd, "deps": {str(d): _value(root, found, d) for d in found.deps}}
+        deps = {_path(root, dep): _value(root, found, dep) for dep in found.deps}
+        seen: dict[str, Any] = {"cmd": found.cmd, "deps": deps}
     seen["runtime"] = runtime.model_dump(exclude=FREE_OF_PARTIALS)
     return sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -38,7 +39,7 @@ def _value(root: Path, stage: Any, dependency: Any) -> Any:
         return dependency.read_params()
     if not dependency.exists:
         raise ValueError(
-            f"{stage.addressing} depends on {dependency}, which does not exist in {root}; run the "
+            f"{stage.name} depends on {_path(root, dependency)}, which is not in {root}; run the "
             "stages before it (`python -m flows.pipeline RUN`), or mend dvc.yaml "
             "(`python -m flows deps --write`)"
         )
@@ -48,7 +49,7 @@ def _value(root: Path, stage: Any, dependency: Any) -> Any:
 def pending(root: Path, stage: str, run: str) -> list[str]:
     """Why a stage must run, in DVC's words; empty if it is up to date."""
     with _repo(root) as repo:
-        found = repo.status(targets=[_target(stage, run)])
+        found = repo.status(targets=[_target(root, stage, run)])
     return [reason for reasons in found.values() for entry in reasons for reason in _reasons(entry)]
 
 
@@ -69,10 +70,11 @@ def recorded_digests(root: Path, run: str, stages: Sequence[str]) -> dict[str, s
     digests = {}
     with _repo(root) as repo:
         for stage in stages:
-            (found,) = repo.stage.collect(_target(stage, run))
+            (found,) = repo.stage.collect(_target(root, stage, run))
             for dep in found.deps:
-                if Path(str(dep)).parts[0] not in OURS and dep.hash_info:
-                    digests[f"in.{dep}"] = dep.hash_info.value
+                path = _path(root, dep)
+                if Path(path).parts[0] not in OURS and dep.hash_info:
+                    digests[f"in.{path}"] = dep.hash_info.value
             if len(found.outs) == 1 and found.outs[0].hash_info:
                 digests[f"out.{stage}"] = found.outs[0].hash_info.value
     return digests
@@ -92,13 +94,21 @@ def tracked_paths(root: Path, stage: str, run: str) -> tuple[list[str], list[str
     with _stage(root, stage, run) as found:
         deps = []
         for dep in found.deps:
-            keys = dep.params if isinstance(dep, ParamsDependency) else [""]
-            deps += [f"{dep}:{key}" if key else str(dep) for key in keys]
-        return deps, [str(out) for out in found.outs]
+            path = _path(root, dep)
+            keys = dep.params if isinstance(dep, ParamsDependency) else []
+            deps += [f"{path}:{key}" for key in keys] or [path]
+        return deps, [_path(root, out) for out in found.outs]
 
 
-def _target(stage: str, run: str) -> str:
-    return f"{stage}@{run}"
+def _target(root: Path, stage: str, run: str) -> str:
+    """With the file's path, or DVC would take the `dvc.yaml` of the current directory."""
+    return f"{root / 'dvc.yaml'}:{stage}@{run}"
+
+
+def _path(root: Path, entry: Any) -> str:
+    """The path of a dep or out as `dvc.yaml` has it: DVC's own `str` depends on the directory."""
+    path = Path(entry.fs_path)
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 @contextmanager
@@ -122,10 +132,10 @@ def _stage(root: Path, stage: str, run: str) -> Iterator[Any]:
 
     with _repo(root) as repo:
         try:
-            (found,) = repo.stage.collect(_target(stage, run))
+            (found,) = repo.stage.collect(_target(root, stage, run))
         except StageNotFound as error:
             raise ValueError(
-                f"dvc.yaml has no stage {_target(stage, run)}; is the run in {ACTIVE}? "
+                f"dvc.yaml has no stage {stage}@{run}; is the run in {ACTIVE}? "
                 f"`python -m flows activate {run}` puts it there"
             ) from error
         yield found

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from influence.eigenbasis import eigendecompose
 from tasks import store
-from tasks.curvature import covariance_names, read_covariance, write_eigens
+from tasks.eigens import write_eigens
+from tasks.kronecker import covariance_names, read_covariance
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.workspace import StageContext
 

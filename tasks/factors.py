@@ -8,7 +8,7 @@ from influence.factors import fit_factors
 from influence.layers import Coverage, Layer
 from tasks import store
 from tasks.attributed import PassReference
-from tasks.curvature import read_factors, write_factors
+from tasks.kronecker import read_factors, write_factors
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.workspace import StageContext

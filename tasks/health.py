@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tasks import store
-from tasks.curvature import read_eigen, read_spectra
+from tasks.eigens import read_eigen
+from tasks.spectra import read_spectra
 
 TRACE_TOLERANCE = 1e-4  # float32 passes measure below 1e-7; a wrong basis is off by O(1)
 

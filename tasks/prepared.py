@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from influence.damping import AbsoluteDamping, Damping, RelativeDamping
+from influence.ekfac import EKFACBlock
+from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.queries import Query, prepare, query_gradients
 from influence.solver import GradientDot, Solver
 from tasks import store
 from tasks.attributed import PassReference
-from tasks.curvature import read_solvers
+from tasks.eigens import read_bases
 from tasks.params import Ratio, RunParams
+from tasks.spectra import read_spectra
 from tasks.workspace import StageContext
 
 EKFAC, GRADIENT_DOT = METHODS = ("ekfac", "gradient_dot")
@@ -85,3 +88,15 @@ def concatenate(parts: Sequence[Path], path: Path) -> None:
     store.write_tensors(
         path, {name: torch.cat([store.read_tensor(part, name) for part in parts]) for name in names}
     )
+
+
+def read_solvers(
+    eigen: Path, correct: Path, layers: Sequence[Layer], dtype: torch.dtype, device: str
+) -> dict[str, EKFACBlock]:
+    """The EK-FAC solver of each layer, from the folders of `eigen` and `correct`."""
+    bases = read_bases(eigen, layers, dtype, device)
+    spectra = read_spectra(correct / "spectrum.safetensors")
+    return {
+        layer.name: EKFACBlock(bases[layer.name], spectra[layer.name].values.to(device, dtype))
+        for layer in layers
+    }

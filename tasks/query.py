@@ -9,7 +9,6 @@ from influence.objectives import forward, log_probability
 from influence.queries import Query, query_batch
 from tasks import store
 from tasks.attributed import PassReference
-from tasks.curvature import read_spectra
 from tasks.models import load_tokenizer
 from tasks.params import MAX_SHARDS
 from tasks.prepared import (
@@ -21,6 +20,7 @@ from tasks.prepared import (
 )
 from tasks.querysets import QueryText, load_queries
 from tasks.shards import ShardRef, map_shards, split
+from tasks.spectra import read_spectra
 from tasks.workspace import StageContext
 
 QUERIES_PER_SHARD = 32  # a dense gradient of every query and layer is in memory at once

@@ -41,9 +41,9 @@ def log_validation(
     """
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri(context.root))
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    client = MlflowClient(tracking_uri(context.root))
     tags = {**provenance(context), **context.tags}
     name = " ".join([context.run, *filter(None, [tags.get("dvc.exp")])])
     run = client.create_run(_experiment(client, context.root), run_name=name, tags=tags)

@@ -13,7 +13,9 @@ import torch
 
 from tasks import correct, eigen, factors, filter, query, score, store, stream, tokenize, train
 from tasks.attributed import PassReference
-from tasks.curvature import read_eigen, read_factors, read_spectra
+from tasks.eigens import read_eigen
+from tasks.kronecker import read_factors
+from tasks.spectra import read_spectra
 from tests import oracles
 from tests.small_run import ROOT, SECTIONS, run_stage, stage_context, write_lines
 
@@ -128,9 +130,12 @@ def test_the_top_table_is_ordered_and_split_by_sign(single):
     for name in ("park", "toy"):
         up = [r["influence"] for r in rows if r["query"] == name and r["sign"] == "+"]
         down = [r["influence"] for r in rows if r["query"] == name and r["sign"] == "-"]
-        assert up == sorted(up, reverse=True) and all(score > 0 for score in up)
-        assert down == sorted(down) and all(score < 0 for score in down)
-        assert up and down
+        assert up == sorted(up, reverse=True)
+        assert all(score > 0 for score in up)
+        assert down == sorted(down)
+        assert all(score < 0 for score in down)
+        assert up
+        assert down
 
 
 def test_a_full_rank_rescore_is_the_streamed_score_where_nothing_was_truncated(exact):
@@ -185,7 +190,8 @@ def test_factors_count_supervised_tokens_and_spectra_count_sequences(single):
 def test_gate_and_up_share_one_input_factor(single):
     fitted = read_factors(single / "factors/factors.safetensors")
     layers = store.read_json(single / "factors/layers.json")["layers"]
-    assert len(fitted.outputs) == 15 and len(fitted.inputs) == 10
+    assert len(fitted.outputs) == 15
+    assert len(fitted.inputs) == 10
     groups = {layer["name"]: layer["input_group"] for layer in layers}
     assert groups["model.layers.0.mlp.up_proj"] == groups["model.layers.0.mlp.gate_proj"]
 

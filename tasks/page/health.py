@@ -125,8 +125,8 @@ def _low_rank(rescore: Mapping[str, Any] | None) -> Verdict | None:
         "full-rank.",
         "fair": "Search with low-rank query gradients is close to full rank; a sequence near the "
         "cut may be missing. The scores shown are full-rank.",
-        "poor": "Search with low-rank query gradients differs from full rank: raise `rank`. The "
-        "scores shown are full-rank, but sequences may be missing.",
+        "poor": "Search with low-rank query gradients differs from full rank: raise query.rank. "
+        "The scores shown are full-rank, but sequences may be missing.",
     }[grade]
     return Verdict("Low rank against full rank", f"r = {correlation(value)}", grade, sentence)
 
@@ -140,8 +140,8 @@ def _recall(recall: Mapping[str, Any]) -> Verdict | None:
         "good": "Of the most influential sequences, the filter lets nearly all through.",
         "fair": "The filter hides some of the most influential sequences: those shown are real, "
         "but others were never scored.",
-        "poor": "The filter hides many of the most influential sequences: raise its `top`, or "
-        "score the whole corpus with `method: none`.",
+        "poor": "The filter hides many of the most influential sequences: raise filter.top, or "
+        "score the whole corpus (filter.method: none).",
     }[grade]
     return Verdict(
         "Recall of the filter", f"{percent(value, 0)}{_interval(recall, _rounded)}", grade, sentence

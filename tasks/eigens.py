@@ -1,0 +1,47 @@
+"""Eigendecompositions on disk: eigenvalues and eigenvectors of one factor at a time."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from influence.eigenbasis import Eigen, EigenBasis
+from influence.layers import Layer
+from tasks import store
+
+
+def write_eigens(path: Path, eigens: Mapping[str, Eigen]) -> None:
+    """Eigenvalues and eigenvectors (columns) by factor name."""
+    tensors: dict[str, Tensor] = {}
+    for name, eigen in eigens.items():
+        tensors[f"{name}/values"] = eigen.values
+        tensors[f"{name}/vectors"] = eigen.vectors
+    store.write_tensors(path, tensors)
+
+
+def read_eigen(folder: Path, name: str) -> Eigen:
+    """One factor's eigendecomposition."""
+    path = folder / "eigen.safetensors"
+    return Eigen(
+        store.read_tensor(path, f"{name}/values"), store.read_tensor(path, f"{name}/vectors")
+    )
+
+
+def read_bases(
+    folder: Path, layers: Sequence[Layer], dtype: torch.dtype, device: str
+) -> dict[str, EigenBasis]:
+    """The eigenbasis of each layer, in the dtype of the pass; a shared A is read once."""
+    vectors = {
+        name: read_eigen(folder, name).vectors.to(device, dtype) for name in factor_names(layers)
+    }
+    return {
+        layer.name: EigenBasis(vectors[f"A/{layer.input_group}"], vectors[f"S/{layer.name}"])
+        for layer in layers
+    }
+
+
+def factor_names(layers: Sequence[Layer]) -> list[str]:
+    """`A/<group>` and `S/<layer>`, each once, in the order of the layers."""
+    groups = dict.fromkeys(f"A/{layer.input_group}" for layer in layers)
+    return [*groups, *(f"S/{layer.name}" for layer in layers)]
