@@ -1,11 +1,15 @@
-"""Stage `filter`: which sequences are scored (TF-IDF over tokens, Grosse et al. 2023, Eq. 28-29).
+"""Stage `filter`: which sequences are scored (TF-IDF, Grosse et al. 2023, Eq. 28-29).
 
 Most of a corpus shares no rare token with a query. Keeping the nearest by TF-IDF saves most of
 the passes, and hides influence that shares no words; so a random audit of what was rejected goes
 along, from which `validate` measures what was missed.
+
+Terms are the model's tokens, as in the paper, or lower-case words: with a small vocabulary tokens
+are pieces of words, and nearly every piece is in nearly every sequence.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -13,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from influence.tfidf import DocumentFrequency, presence, tfidf_scores
 from tasks import store
 from tasks.checkpoints import read_reference
 from tasks.models import load_tokenizer
-from tasks.params import Filter, Tfidf
+from tasks.params import Filter, RunParams, Tfidf
 from tasks.querysets import QueryText, load_queries
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, shards_of
@@ -27,6 +32,9 @@ from tasks.workspace import StageContext
 _ROWS_AT_ONCE = 4096  # bounds the table of which sequence holds which query token
 # Ranks compare rounded scores: the same terms summed in another order must stay a tie.
 _DECIMALS = 9
+_WORD = re.compile(r"\w+")
+
+Term = int | str  # a token, or a word
 
 
 def run(context: StageContext) -> None:
@@ -40,33 +48,67 @@ def run(context: StageContext) -> None:
     params = context.params
     tokens = TokenStore.open(context.artifact("tokenize"))
     model = read_reference(context.artifact("train"), context.root)
-    bos = params.tokenize.bos
+    tokenizer = load_tokenizer(model.folder)
     queries = load_queries(
-        context.input(params.query.path), load_tokenizer(model.folder), bos, model.context
+        context.input(params.query.path), tokenizer, params.tokenize.bos, model.context
     )
     shards = shards_of(tokens.shard_rows(range(tokens.num_sequences), params.runtime.shards))
-    counts = map_shards(context, count_shard, shards, name="count", vocabulary=model.vocabulary)
-    idf = reduce(add, map(_read_frequency, counts)).idf()
-    # BOS begins every sequence, so it tells none from another.
-    searched = [[*q.prompt_tokens[int(bos) :], *q.completion_tokens] for q in queries]
-    terms = sorted({token for query in searched for token in query})
+    searched = [query_terms(query, params) for query in queries]
+    terms = sorted({term for query in searched for term in query})
+    counts = map_shards(context, count_shard, shards, name="count", terms=terms)
+    idf = reduce(add, map(_read_frequency, counts)).idf()[: len(terms)].tolist()
     parts = map_shards(
-        context,
-        score_shard,
-        shards,
-        name="score",
-        queries=searched,
-        terms=terms,
-        idf=idf[terms].tolist(),
+        context, score_shard, shards, name="score", queries=searched, terms=terms, idf=idf
     )
     scores = torch.cat([store.read_tensor(part, "scores") for part in parts], dim=1).numpy()
     _write(context, queries, tokens, scores)
 
 
-def count_shard(context: StageContext, shard: ShardRef, path: Path, vocabulary: int) -> None:
-    """In how many of the shard's sequences each token occurs."""
+def query_terms(query: QueryText, params: RunParams) -> list[Term]:
+    """The terms of prompt and completion, repeated ones again."""
+    if _by_words(params):
+        return words(query.prompt + query.completion)
+    # BOS begins every sequence, so it tells none from another.
+    return [*query.prompt_tokens[int(params.tokenize.bos) :], *query.completion_tokens]
+
+
+def words(text: str) -> list[Term]:
+    """Lower-case runs of letters, digits and underscores."""
+    return list(_WORD.findall(text.lower()))
+
+
+def _by_words(params: RunParams) -> bool:
+    return isinstance(params.filter, Tfidf) and params.filter.terms == "words"
+
+
+def sequence_terms(context: StageContext, terms: Sequence[Term]) -> Callable[[int], Tensor]:
+    """By row: the places in `terms` of what the sequence holds, one past them for all else."""
     tokens = TokenStore.open(context.artifact("tokenize"))
-    frequency = DocumentFrequency.of(map(tokens.row_tokens, shard.items), vocabulary)
+    if not _by_words(context.params):
+        sought = torch.tensor(terms)
+
+        def of_tokens(row: int) -> Tensor:
+            held = tokens.row_tokens(row).long()
+            place = torch.searchsorted(sought, held).clamp(max=len(terms) - 1)
+            return torch.where(sought[place] == held, place, len(terms))
+
+        return of_tokens
+    known = {term: place for place, term in enumerate(terms)}
+    model = read_reference(context.artifact("train"), context.root)
+    tokenizer = load_tokenizer(model.folder)
+
+    def of_words(row: int) -> Tensor:
+        [text] = tokenizer.batch_decode([tokens.row_tokens(row).tolist()], skip_special_tokens=True)
+        places = [known.get(word, len(terms)) for word in set(words(text))]
+        return torch.tensor(places, dtype=torch.int64)
+
+    return of_words
+
+
+def count_shard(context: StageContext, shard: ShardRef, path: Path, terms: list[Term]) -> None:
+    """In how many of the shard's sequences each term of the queries occurs."""
+    held = sequence_terms(context, terms)
+    frequency = DocumentFrequency.of(map(held, shard.items), len(terms) + 1)
     store.write_tensors(
         path,
         {
@@ -85,8 +127,8 @@ def score_shard(
     context: StageContext,
     shard: ShardRef,
     path: Path,
-    queries: list[list[int]],
-    terms: list[int],
+    queries: list[list[Term]],
+    terms: list[Term],
     idf: list[float],
 ) -> None:
     """TF-IDF of every query with the shard's sequences, float64 `q n`.
@@ -95,28 +137,22 @@ def score_shard(
         context: of the stage.
         shard: rows of the corpus.
         path: where to.
-        queries: tokens of each query.
-        terms: the tokens that occur in any query; no other counts towards a score.
+        queries: terms of each query.
+        terms: those that occur in any query, sorted; no other counts towards a score.
         idf: of each term.
     """
-    tokens = TokenStore.open(context.artifact("tokenize"))
-    known = {token: place for place, token in enumerate(terms)}
-    # All other tokens share one place past the terms, with weight 0.
+    held = sequence_terms(context, terms)
+    known = {term: place for place, term in enumerate(terms)}
+    # All other terms share one place past these, with weight 0.
     weights = torch.tensor([*idf, 0.0], dtype=torch.float64)
-    renumbered = [torch.tensor([known[token] for token in query]) for query in queries]
+    places = [[known[term] for term in query] for query in queries]
+    renumbered = [torch.tensor(place, dtype=torch.int64) for place in places]
     blocks = []
     for start in range(0, len(shard.items), _ROWS_AT_ONCE):
         rows = shard.items[start : start + _ROWS_AT_ONCE]
-        held = presence([_renumber(tokens.row_tokens(row), terms) for row in rows], len(weights))
-        blocks.append(torch.stack([tfidf_scores(query, held, weights) for query in renumbered]))
+        table = presence([held(row) for row in rows], len(weights))
+        blocks.append(torch.stack([tfidf_scores(query, table, weights) for query in renumbered]))
     store.write_tensors(path, {"scores": torch.cat(blocks, dim=1)})
-
-
-def _renumber(tokens: torch.Tensor, terms: list[int]) -> torch.Tensor:
-    """Each token's place among the sorted terms, or one past them."""
-    sought = torch.tensor(terms)
-    place = torch.searchsorted(sought, tokens.long()).clamp(max=len(terms) - 1)
-    return torch.where(sought[place] == tokens, place, len(terms))
 
 
 def ranks(scores: NDArray[np.float64]) -> NDArray[np.int64]:

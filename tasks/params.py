@@ -124,6 +124,9 @@ class Tfidf(Section):
     """Only the sequences nearest to a query by TF-IDF are scored."""
 
     method: Literal["tfidf"]
+    terms: Literal["tokens", "words"] = Field(
+        description="model tokens, as in the paper; words where tokens are pieces of words"
+    )
     top: Count = Field(description="candidates a query")
     audit: int = Field(ge=0, description="rejected sequences scored too, to measure the recall")
     seed: Seed

@@ -68,25 +68,26 @@ class Checkout:
         environment |= {"PREFECT_API_URL": self.server} if self.server else {}
         return environment
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        """A command at the root of the copy: `python …`, `dvc …`."""
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def started(self, *command: str) -> Iterator[subprocess.Popen[str]]:
+        """A command at the root of the copy, `python …` or `dvc …`; ended with all below it."""
+        with subprocess.Popen(
             command,
             cwd=self.path,
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                end_tree(process.pid)
 
     def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """A command to its end."""
-        process = self.start(*command)
-        try:
+        with self.started(*command) as process:
             out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            end_tree(process.pid)
-            raise
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def stage(self, stage: str, run: str = "smoke") -> subprocess.CompletedProcess[str]:
@@ -213,7 +214,7 @@ def stage_process(pid: int) -> psutil.Process | None:
 
 
 def end_tree(pid: int) -> None:
-    """Kill a process and all below it."""
+    """Kill a process and all below it, if they are still there."""
     for number in [*(process.pid for process in processes_below(pid)), pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)

@@ -16,7 +16,7 @@ SECTIONS: dict[str, Any] = {
     "corpus": {"path": "corpus.jsonl", "text": "text", "id": "id", "limit": None},
     "tokenize": {"mode": "document", "context": 64, "bos": True, "eos": False},
     "layers": ["mlp"],
-    "filter": {"method": "tfidf", "top": 2, "audit": 3, "seed": 0},
+    "filter": {"method": "tfidf", "terms": "tokens", "top": 2, "audit": 3, "seed": 0},
     "factors": {"sequences": 8, "seed": 0},
     "correct": {"sequences": 8, "seed": 1},
     "query": {"path": "queries.jsonl", "damping": {"ratio": 0.1}, "rank": 4},

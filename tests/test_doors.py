@@ -115,8 +115,8 @@ def test_a_fault_of_ours_comes_with_its_traceback(checkout):
 
 
 def test_kill_9_of_a_stage_under_dvc_leaves_no_artefact_and_the_rerun_resumes(checkout, expected):
-    with checkout.flag(HOLD):
-        process = checkout.start("dvc", "repro", "train@smoke")
+    command = ("dvc", "repro", "train@smoke")
+    with checkout.flag(HOLD), checkout.started(*command) as process:
         wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
         stage = stage_process(process.pid)
         assert stage is not None
@@ -137,8 +137,8 @@ def test_kill_9_of_a_stage_under_dvc_leaves_no_artefact_and_the_rerun_resumes(ch
 
 
 def test_kill_9_of_the_pipeline_ends_what_it_started_and_the_rerun_resumes(checkout, expected):
-    with checkout.flag(HOLD):
-        process = checkout.start("python", "-m", "flows.pipeline", "smoke", "--until", "tokenize")
+    command = ("python", "-m", "flows.pipeline", "smoke", "--until", "tokenize")
+    with checkout.flag(HOLD), checkout.started(*command) as process:
         wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
         below = processes_below(process.pid)
         assert stage_process(process.pid) in below
@@ -157,8 +157,8 @@ def test_kill_9_of_the_pipeline_ends_what_it_started_and_the_rerun_resumes(check
 
 
 def test_an_interrupt_ends_the_pipeline_and_what_it_started(checkout):
-    with checkout.flag(HOLD):
-        process = checkout.start("python", "-m", "flows.pipeline", "smoke", "--until", "train")
+    command = ("python", "-m", "flows.pipeline", "smoke", "--until", "train")
+    with checkout.flag(HOLD), checkout.started(*command) as process:
         wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
         below = processes_below(process.pid)
         os.kill(process.pid, signal.SIGINT)

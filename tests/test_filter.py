@@ -40,10 +40,13 @@ def filtered(root: Path, **sections) -> tuple[list[dict], list[dict]]:
     )
 
 
-def slow_scores(root: Path) -> dict[tuple[str, int], float]:
-    """Eq. 28 and 29 as printed, with k₁ = 1.5, over sets of tokens."""
+def slow_scores(root: Path, terms: str = "tokens") -> dict[tuple[str, int], float]:
+    """Eq. 28 and 29 as printed, with k₁ = 1.5, over sets of tokens or of words."""
     tokens = TokenStore.open(root / "artifacts/small/tokenize")
-    held = [set(tokens.row_tokens(row).tolist()) for row in range(tokens.num_sequences)]
+    if terms == "tokens":
+        held = [set(tokens.row_tokens(row).tolist()) for row in range(tokens.num_sequences)]
+    else:
+        held = [split_words(story["text"]) for story in STORIES]
     queries = filter.load_queries(
         root / "queries.jsonl", filter.load_tokenizer(train_folder(root)), False, None
     )
@@ -52,7 +55,9 @@ def slow_scores(root: Path) -> dict[tuple[str, int], float]:
     for query in queries:
         for row, sequence in enumerate(held):
             total = 0.0
-            for token in (*query.prompt_tokens, *query.completion_tokens):
+            text = split_words(query.prompt + query.completion)
+            asked = [*query.prompt_tokens, *query.completion_tokens]
+            for token in asked if terms == "tokens" else text:
                 exists = float(token in sequence)
                 count = sum(token in other for other in held)
                 idf = math.log((len(held) - count + 0.5) / (count + 0.5) + 1)
@@ -61,21 +66,26 @@ def slow_scores(root: Path) -> dict[tuple[str, int], float]:
     return scores
 
 
+def split_words(text: str) -> list[str]:
+    return text.lower().replace(".", " ").split()
+
+
 def train_folder(root: Path) -> Path:
     return filter.read_reference(root / "artifacts/small/train", root).folder
 
 
-def test_scores_are_those_of_the_printed_formula(tokenized):
-    settings = {"method": "tfidf", "top": 5, "audit": 4, "seed": 0}
+@pytest.mark.parametrize("terms", ["tokens", "words"])
+def test_scores_are_those_of_the_printed_formula(tokenized, terms):
+    settings = {"method": "tfidf", "terms": terms, "top": 5, "audit": 4, "seed": 0}
     candidates, table = filtered(tokenized, filter=settings)
-    slow = slow_scores(tokenized)
+    slow = slow_scores(tokenized, terms)
     for entry in table:
         assert entry["tfidf"] == pytest.approx(slow[entry["query"], entry["row"]], rel=1e-12)
     assert len(table) == len(candidates) * len(QUERIES)
 
 
 def test_top_of_every_query_and_an_audit_of_the_rest_are_candidates(tokenized):
-    settings = {"method": "tfidf", "top": 5, "audit": 4, "seed": 0}
+    settings = {"method": "tfidf", "terms": "tokens", "top": 5, "audit": 4, "seed": 0}
     candidates, table = filtered(tokenized, filter=settings)
     slow = slow_scores(tokenized)
     best = set()
@@ -116,7 +126,7 @@ def test_method_none_keeps_every_sequence(tokenized):
 
 
 def test_more_candidates_than_sequences_selects_all_and_audits_none(tokenized):
-    settings = {"method": "tfidf", "top": 500, "audit": 7, "seed": 0}
+    settings = {"method": "tfidf", "terms": "tokens", "top": 500, "audit": 7, "seed": 0}
     candidates, _ = filtered(tokenized, filter=settings)
     assert len(candidates) == 40
     assert not any(c["audit"] for c in candidates)
@@ -131,7 +141,7 @@ def test_audit_is_drawn_from_the_rejected_alone_and_fixed_by_its_seed():
     ranked = [np.array([1, 2, 3, 4, 5, 6]), np.array([6, 5, 4, 3, 2, 1])]
 
     def chosen(seed: int, audit: int = 3):
-        settings = Tfidf(method="tfidf", top=1, audit=audit, seed=seed)
+        settings = Tfidf(method="tfidf", terms="tokens", top=1, audit=audit, seed=seed)
         return [rows.tolist() for rows in filter.choose_candidates(ranked, settings)]
 
     assert chosen(0)[0] == [0, 5]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tasks import store
 from tasks.workspace import STAGES
@@ -108,20 +109,24 @@ def test_another_damping_refits_nothing(finished):
 
 @pytest.fixture
 def disturbed(finished: Checkout, tmp_path: Path) -> Checkout:
-    """A copy of the finished checkout with all from `factors` on to be computed again."""
+    """A copy of the finished checkout in which, for DVC, nothing from `factors` on ever ran."""
     path = tmp_path / "project"
     shutil.copytree(finished.path, path, copy_function=shutil.copy)
-    shutil.rmtree(path / ".dvc/cache")
+    shutil.rmtree(path / ".dvc/cache/runs")
+    yaml = YAML()
+    lock = yaml.load(path / "dvc.lock")
     for stage in STAGES[STAGES.index("factors") :]:
         shutil.rmtree(path / "artifacts/smoke" / stage)
+        del lock["stages"][f"{stage}@smoke"]
+    yaml.dump(lock, path / "dvc.lock")
     return Checkout(path, finished.server)
 
 
 def kill_in(checkout: Checkout, stage: str) -> None:
     """Kill -9 the stage when it has finished two shards; the pipeline stops and says so."""
-    with checkout.flag(HOLD):
-        process = checkout.start("python", "-m", "flows.pipeline", "smoke", "--until", stage)
-        wait_for(lambda: len(checkout.shards(stage)) == 2 or process.poll() is not None, 300, stage)
+    command = ("python", "-m", "flows.pipeline", "smoke", "--until", stage)
+    with checkout.flag(HOLD), checkout.started(*command) as process:
+        wait_for(lambda: len(checkout.shards(stage)) == 2, 120, f"two shards of {stage}")
         time.sleep(0.5)  # the files are there a moment before Prefect has noted them
         found = stage_process(process.pid)
         assert found is not None
