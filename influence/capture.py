@@ -39,6 +39,7 @@ class Capture:
         self._layers = layers
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def backward(
         self, objective: Float[Tensor, ""], retain_graph: bool = False
@@ -49,10 +50,18 @@ class Capture:
         run is absent.
 
         Raises:
-            ValueError: naming layer and sequence, if an activation is NaN or infinite.
+            NonFiniteError: naming the layer, if an activation is NaN or infinite.
+            ValueError: naming the layer, if its input or output was changed in place.
         """
         if not torch.isfinite(objective):
             self._explain_non_finite()
+        for name, version in self._versions.items():
+            if version != (self._inputs[name]._version, self._outputs[name]._version):
+                raise ValueError(
+                    f"the input or output of layer {name!r} is changed in place after the layer "
+                    "ran, so its gradient cannot be told; build the model with inplace=False, or "
+                    "leave this layer out of `layers`"
+                )
         names = list(self._outputs)
         gradients = torch.autograd.grad(
             objective,
@@ -88,6 +97,9 @@ class Capture:
             output = output.detach().requires_grad_()
         self._inputs[layer.name] = a.detach()
         self._outputs[layer.name] = output
+        # A detached tensor counts the changes of its original: without weight gradients autograd
+        # itself no longer objects to them.
+        self._versions[layer.name] = (a._version, output._version)
         return output
 
 

@@ -19,10 +19,11 @@ class RelativeDamping:
     def of(self, values: Float[Tensor, "d_out d_in"]) -> float:
         """λ for a layer with corrected eigenvalues `values`."""
         damping = self.ratio * float(values.double().mean())
-        if not damping > 0:
+        if not (damping > 0 and math.isfinite(damping)):
             raise ValueError(
-                f"relative damping is {damping} because the layer's mean eigenvalue is not "
-                "positive: its gradients vanish; leave the layer out, or give {value: …}"
+                f"relative damping is {damping} because the layer's mean eigenvalue is not a "
+                "positive number: its gradients vanish or overflow; leave the layer out, or give "
+                "{value: …}"
             )
         return damping
 

@@ -16,13 +16,23 @@ Objective = Callable[[Float[Tensor, "n t v"], TokenBatch], Float[Tensor, " n"]]
 class NonFiniteSequenceError(ValueError):
     """A pass met NaN or infinity; names the layer and the first sequence's id."""
 
-    def __init__(self, layer: str, sequence_id: int | None) -> None:
+    def __init__(self, layer: str, sequence_id: int) -> None:
         self.layer, self.sequence_id = layer, sequence_id
-        where = "" if sequence_id is None else f", first in sequence id {sequence_id}"
         super().__init__(
-            f"the activations at layer {layer!r} are NaN or infinite{where}; check the "
-            "checkpoint's weights, or run the pass in float32"
+            f"the activations or gradients at layer {layer!r} are NaN or infinite, first in "
+            f"sequence id {sequence_id}; check the checkpoint's weights, or run the pass in float32"
         )
+
+
+def check_finite(numbers: Float[Tensor, " n"], layer: str, batch: TokenBatch) -> None:
+    """Stop at the first sequence whose number is not finite: a NaN must not join a sum.
+
+    Raises:
+        NonFiniteSequenceError: naming the layer and that sequence.
+    """
+    if not numbers.isfinite().all():
+        row = int((~numbers.isfinite()).nonzero()[0])
+        raise NonFiniteSequenceError(layer, int(batch.ids[row]))
 
 
 def run_pass(
@@ -33,12 +43,14 @@ def run_pass(
     Raises:
         NonFiniteSequenceError: if an activation is NaN or infinite.
     """
-    try:
-        with capture(model, layers) as captured:
-            return captured.backward(objective(forward(model, batch), batch).sum())
-    except NonFiniteError as error:
-        sequence_id = None if error.row is None else int(batch.ids[error.row])
-        raise NonFiniteSequenceError(error.layer, sequence_id) from error
+    with capture(model, layers) as captured:
+        values = objective(forward(model, batch), batch)
+        try:
+            return captured.backward(values.sum())
+        except NonFiniteError as error:
+            # Where all layers' inputs are finite, the outputs above them are not.
+            row = error.row if error.row is not None else int((~values.isfinite()).nonzero()[0])
+            raise NonFiniteSequenceError(error.layer, int(batch.ids[row])) from error
 
 
 def pseudo_gradients(

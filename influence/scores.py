@@ -16,7 +16,7 @@ from influence.capture import LayerIO
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
-from influence.passes import run_pass
+from influence.passes import check_finite, run_pass
 from influence.sequences import TokenBatch
 
 
@@ -67,6 +67,9 @@ def stream(
 
     Yields:
         The batch's ids, and ⟨V_q, ∇L(z_n)⟩ of each layer, in the dtype of the pass.
+
+    Raises:
+        NonFiniteSequenceError: naming layer and sequence, instead of a score that is not finite.
     """
     dense: dict[str, Tensor] = {}
     for batch in batches:
@@ -83,15 +86,23 @@ def stream(
                 columns.append(contract(ios[layer.name], query, dense[layer.name]))
             else:
                 columns.append(contract(ios[layer.name], query))
-        yield batch.ids, torch.stack(columns, dim=-1)
+        raw = torch.stack(columns, dim=-1)
+        if not raw.isfinite().all():
+            for layer, column in zip(layers, columns, strict=True):
+                check_finite(column.sum(dim=0), layer.name, batch)
+        yield batch.ids, raw
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The k highest scores of each query, best first; equal scores by smaller id."""
+    """The k highest scores of each query, best first; equal scores by smaller id.
 
-    ids: Int[Tensor, "q k"]
-    scores: Float[Tensor, "q k"]
+    `found` is k, or fewer while fewer scores were seen.
+    """
+
+    ids: Int[Tensor, "q found"]
+    scores: Float[Tensor, "q found"]
+    k: int
 
     @classmethod
     def of(cls, ids: Int[Tensor, " n"], scores: Float[Tensor, "q n"], k: int) -> "TopK":
@@ -99,15 +110,19 @@ class TopK:
         return cls._best(ids.expand(len(scores), -1), scores, k)
 
     def merge(self, other: "TopK") -> "TopK":
-        """The top of both; any order of merging gives the same answer."""
-        k = max(self.ids.shape[1], other.ids.shape[1])
-        return self._best(
-            torch.cat([self.ids, other.ids], dim=1), torch.cat([self.scores, other.scores], 1), k
-        )
+        """The top of both; any order of merging gives the same answer.
+
+        Raises:
+            ValueError: if they are the top of different k.
+        """
+        if self.k != other.k:
+            raise ValueError(f"a top {self.k} and a top {other.k} do not merge; take one k")
+        ids = torch.cat([self.ids, other.ids], dim=1)
+        return self._best(ids, torch.cat([self.scores, other.scores], dim=1), self.k)
 
     @classmethod
     def _best(cls, ids: Int[Tensor, "q n"], scores: Float[Tensor, "q n"], k: int) -> "TopK":
         by_id = ids.argsort(dim=1, stable=True)
         ids, scores = ids.gather(1, by_id), scores.gather(1, by_id)
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-        return cls(ids.gather(1, best), scores.gather(1, best))
+        return cls(ids.gather(1, best), scores.gather(1, best), k)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from influence.eigenbasis import EigenBasis
 from influence.layers import Layer
-from influence.passes import pseudo_gradients
+from influence.passes import check_finite, pseudo_gradients
 from influence.sequences import TokenBatch
 
 
@@ -53,21 +53,30 @@ def fit_spectra(
     """Λ of every layer from pseudo-gradients, each sequence counting once.
 
     Sums are kept in float64; `bases` are in the pass's dtype.
+
+    Raises:
+        NonFiniteSequenceError: naming layer and sequence, if a gradient is not finite.
     """
-    spectra: dict[str, Spectrum] = {}
+    squared: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    num_sequences = 0
     for batch in batches:
         ios = pseudo_gradients(model, layers, batch, seed)
-        for layer in layers:
-            if layer.name not in ios:
-                continue
-            io = ios[layer.name]
-            rotated = bases[layer.name].rotate_gradient(io)
-            new = Spectrum(
-                rotated.square().sum(dim=0, dtype=torch.float64),
-                io.gradient().square().sum(dtype=torch.float64),
-                len(batch.ids),
-            )
-            spectra[layer.name] = spectra[layer.name] + new if layer.name in spectra else new
-    if not spectra:
+        # A sequence that does not run a layer has gradient 0 there, and counts in the mean.
+        num_sequences += len(batch.ids)
+        for name, io in ios.items():
+            new = io.gradient().square().sum(dim=(1, 2), dtype=torch.float64)
+            check_finite(new, name, batch)
+            rotated = bases[name].rotate_gradient(io).square().sum(dim=0, dtype=torch.float64)
+            squared[name] = squared[name].add_(rotated) if name in squared else rotated
+            norms[name] = norms[name] + new.sum() if name in norms else new.sum()
+    if not num_sequences:
         raise ValueError("no batch to fit the spectrum on; give at least one sequence")
-    return spectra
+    return {
+        layer.name: Spectrum(
+            squared.get(layer.name, torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64)),
+            norms.get(layer.name, torch.zeros((), dtype=torch.float64)),
+            num_sequences,
+        )
+        for layer in layers
+    }

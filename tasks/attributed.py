@@ -93,13 +93,11 @@ class PassReference:
         try:
             yield self.attributed()
         except NonFiniteSequenceError as error:
-            if error.sequence_id is None:
-                raise
             name = self.sequence_name(error.sequence_id)
             raise ValueError(
-                f"the activations at layer {error.layer!r} are NaN or infinite, first in sequence "
-                f"{name!r}; check the weights of {self.model.path}, or run the pass in float32 "
-                "(runtime.dtype)"
+                f"the activations or gradients at layer {error.layer!r} are NaN or infinite, "
+                f"first in sequence {name!r}; check the weights of {self.model.path}, or run the "
+                "pass in float32 (runtime.dtype)"
             ) from error
 
 

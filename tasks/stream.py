@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from influence.scores import stream
 from influence.sequences import TokenBatch
@@ -58,15 +57,4 @@ def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     # At least float32: a bf16 pass has summed its products in bf16 already, but no more is lost.
     scores = torch.cat(raw, dim=1).cpu()[:, order]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    _check_finite(reference, rows, scores)
     store.write_tensors(path, {"rows": rows, "scores": scores.unflatten(0, (len(METHODS), -1))})
-
-
-def _check_finite(reference: PassReference, rows: Tensor, scores: Tensor) -> None:
-    bad = ~scores.isfinite().all(dim=2).all(dim=0)
-    if bad.any():
-        key = int(TokenStore.open(reference.tokenize).keys[int(rows[bad][0])])
-        raise ValueError(
-            f"the scores of sequence {reference.sequence_name(key)!r} are NaN or infinite: its "
-            "gradients overflow; run the pass in float32 (runtime.dtype)"
-        )
