@@ -1,6 +1,7 @@
 """`python -m flows {activate,check,deps,gc,top}`: what is not the work itself."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = find_root(Path.cwd())
         environment.set_environment(root)
         return given.command(root, given)
+    except BrokenPipeError:  # `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         sys.stderr.write(f"flows: error: {error}\n")
         return 1

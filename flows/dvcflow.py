@@ -5,6 +5,7 @@ with code and memory of its own. `dvc.lock` has one writer, whichever door was u
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,11 +21,12 @@ from prefect.runtime import task_run
 from prefect.states import Completed, Crashed, Failed
 
 from flows import environment
-from flows.processes import end_group, signal_at_parents_death
+from flows.processes import end_group, end_server_with_this_process, signal_at_parents_death
 from tasks import dvcstage
 from tasks.progress import duration, say
 from tasks.workspace import STAGES, find_root
 
+KILLED = re.compile(r"exited with -(\d+)")
 RESTORED = "is cached - skipping run"  # DVC's word for its run cache
 CHATTER = (  # what DVC says of itself, every time
     "Running stage ",
@@ -37,12 +39,14 @@ CHATTER = (  # what DVC says of itself, every time
     "git add",
     "dvc config core.autostage",
     "ERROR: failed to reproduce",
+    "WARNING: Process '",  # that a killed one held a lock, which DVC has taken from it
 )
 
 
 @flow(name="pipeline", flow_run_name="{run} until {until}", validate_parameters=False)
 def pipeline(run: str, until: str) -> Any:
     """Bring every stage of a run up to `until` up to date."""
+    end_server_with_this_process()
     root, states = find_root(Path.cwd()), dict[str, Any]()
     for stage in STAGES[: STAGES.index(until) + 1]:
         # Called, not submitted: only in the main thread does a cancel end the wait for the child.
@@ -70,20 +74,20 @@ def dvc_stage(stage: str, run: str) -> Any:
         return Completed(name="Cached", message="up to date")
     tell(f"{label}: runs ({reasons[0]}{', …' if len(reasons) > 1 else ''})")
     process = start_dvc(label)
-    error, restored = "", False
+    lines: list[str] = []
     try:
         for line in lines_of(process):
-            tell(line)
-            restored = restored or RESTORED in line
-            error = line if line.startswith((f"{label}: error:", "ERROR:")) else error
+            lines.append(line)
+            if not line.strip().startswith(CHATTER):
+                tell(line)
         process.wait()
     finally:
         end_group(process)
         if process.returncode:
             mark_children_crashed(UUID(task_run.id))
     if process.returncode:
-        return Failed(message=error or f"{label}: failed: dvc ended with {process.returncode}")
-    if restored:
+        return Failed(message=reason(label, lines))
+    if any(RESTORED in line for line in lines):
         return Completed(name="Cached", message="restored from DVC's run cache")
     return Completed(message=f"done in {duration(time.monotonic() - start)}")
 
@@ -107,12 +111,24 @@ def start_dvc(target: str) -> subprocess.Popen[str]:
 
 
 def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
-    """What the child says as it says it, without DVC's chatter."""
+    """What the child says, as it says it."""
     assert process.stdout is not None
     for raw in process.stdout:
-        line = raw.rstrip()
-        if line and not line.strip().startswith(CHATTER):
+        if line := raw.rstrip():
             yield line
+
+
+def reason(label: str, lines: list[str]) -> str:
+    """Why a stage failed: its own sentence, else the signal that killed it, else DVC's words."""
+    for line in lines:
+        if line.startswith(f"{label}: error:"):
+            return line
+    for line in reversed(lines):
+        if killed := KILLED.search(line):
+            return f"{label}: error: its process was killed (signal {killed.group(1)})"
+        if line.startswith("ERROR:"):
+            return f"{label}: {line}"
+    return f"{label}: error: dvc failed and did not say why"
 
 
 def tell(line: str) -> None:
@@ -122,10 +138,13 @@ def tell(line: str) -> None:
 
 
 def mark_children_crashed(parent: UUID) -> None:
-    """Flow runs below a task that are still open ended with their process: say so."""
+    """Runs below a task that are still open ended with their process: say so."""
     below = FlowRunFilter(parent_task_run_id=FlowRunFilterParentTaskRunId(any_=[parent]))
+    state = Crashed(message="the stage's process ended")
     with get_client(sync_client=True) as client:
+        for shard in client.read_task_runs(flow_run_filter=below):
+            if shard.state is None or not shard.state.is_final():
+                client.set_task_run_state(shard.id, state, force=True)
         for child in client.read_flow_runs(flow_run_filter=below):
             if child.state is None or not child.state.is_final():
-                state = Crashed(message="the stage's process ended")
                 client.set_flow_run_state(child.id, state, force=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flows import environment
+from flows.processes import INTERRUPTED
 from tasks.active import check_active, check_inputs
 from tasks.params import load_params
 from tasks.progress import duration, say
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("pipeline: stopped; run the same command to go on\n")
-        return 130
+        return INTERRUPTED
 
 
 def run_pipeline(root: Path, run: str, until: str) -> int:

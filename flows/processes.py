@@ -8,9 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from types import FrameType
+
+import psutil
 
 GRACE = 5.0  # seconds between the request to end and the kill
 PR_SET_PDEATHSIG = 1
+INTERRUPTED = 130  # exit status, as shells have it
+GUARD = 'while kill -0 "$0" 2>/dev/null; do sleep 1; done; kill "$1" 2>/dev/null'
 
 
 def end_with_parent() -> None:
@@ -34,6 +39,34 @@ def _watch(parent: int) -> None:
         time.sleep(0.5)
     time.sleep(GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_when_interrupted() -> None:
+    """At Ctrl-C, end within `GRACE` even if threads are in the middle of a shard."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        timer = threading.Timer(GRACE, os._exit, (INTERRUPTED,))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def end_server_with_this_process() -> None:
+    """Have a shell end the Prefect server that this process started, if it is killed itself.
+
+    Prefect ends its server only when the process that started it ends in an orderly way.
+    """
+    for child in psutil.Process().children():
+        if "uvicorn" in child.cmdline():
+            subprocess.Popen(
+                ["sh", "-c", GUARD, str(os.getpid()), str(child.pid)],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
 
 
 def end_group(process: subprocess.Popen[str]) -> None:

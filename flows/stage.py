@@ -17,7 +17,12 @@ from typing import Any
 from uuid import UUID
 
 from flows import environment
-from flows.processes import end_with_parent
+from flows.processes import (
+    INTERRUPTED,
+    end_server_with_this_process,
+    end_when_interrupted,
+    end_with_parent,
+)
 from tasks import dvcstage, workspace
 from tasks.active import check_active, check_inputs
 from tasks.params import load_params
@@ -34,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="name of a run: params/RUN.yaml")
     given = parser.parse_args(arguments)
     label, start = f"{given.stage}@{given.run}", time.monotonic()
+    end_when_interrupted()
     if "DVC_STAGE" in os.environ:
         end_with_parent()
     try:
@@ -42,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = raised
     except KeyboardInterrupt:
         sys.stderr.write(f"{label}: stopped; finished shards are kept\n")
-        return 130
+        return INTERRUPTED
     if error is not None:
         _complain(label, error)
         return 1
@@ -87,6 +93,7 @@ def stage_flow(context: StageContext) -> Any:
     from tasks.shards import task_runner
 
     def stage_of_run(stage: str, run: str) -> Any:
+        end_server_with_this_process()
         try:
             work(dataclasses.replace(context, tags=_tags()))
         except USER_ERRORS as error:

@@ -1,6 +1,7 @@
 """The only door to DVC: what a stage depends on, whether it is up to date, what it wrote."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -117,6 +118,8 @@ def _repo(root: Path) -> Iterator[Any]:
     from dvc.lock import LockError
     from dvc.repo import Repo
 
+    # Its one warning, that a killed process held a lock which it has taken back, says nothing here.
+    logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
         with Repo(str(root)) as repo:
             yield repo

@@ -1,10 +1,12 @@
 """The doors, with toy stages and real processes: errors, kill -9 and resume, cache, the lock."""
 
-import os
+import json
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,12 +35,18 @@ def checkout(tmp_path: Path, server: str) -> Checkout:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The digests of an undisturbed run, on a server of its own (none is up)."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout where no server is up: the pipeline, which ran once, lends its own."""
     checkout = make_checkout(tmp_path_factory.mktemp("undisturbed") / "project", toy=True)
     done = checkout.pipeline("tokenize")
     assert done.returncode == 0, done.stdout + done.stderr
-    return {name: store.digest(checkout.artifact(name)) for name in ("train", "tokenize")}
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed: Checkout) -> dict[str, str]:
+    """The digests of an undisturbed run."""
+    return {name: store.digest(undisturbed.artifact(name)) for name in ("train", "tokenize")}
 
 
 def sentences(text: str) -> list[str]:
@@ -159,12 +167,22 @@ def test_an_interrupt_ends_the_pipeline_and_what_it_started(checkout):
     with checkout.flag(HOLD), checkout.started(*command) as process:
         wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
         below = processes_below(process.pid)
-        os.kill(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     assert "run the same command to go on" in err
     _, alive = psutil.wait_procs(below, timeout=1)
     assert not alive
+
+
+def test_an_interrupt_ends_a_stage_in_the_middle_of_a_shard(checkout):
+    command = ("python", "-m", "flows.stage", "train", "smoke")
+    with checkout.flag(HOLD), checkout.started(*command) as process:
+        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert len(checkout.shards("train")) == 2
 
 
 def test_the_pipeline_runs_only_what_changed_and_restores_what_was_there(checkout, expected):
@@ -198,6 +216,35 @@ def test_a_stage_that_fails_stops_the_pipeline_with_its_message(checkout):
     assert "tokenize" not in done.stdout
 
 
+def runs(server: str, kind: str) -> list[dict[str, Any]]:
+    """All flow or task runs that a server knows."""
+    request = urllib.request.Request(
+        f"{server}/{kind}_runs/filter", b"{}", {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def test_a_stage_that_is_killed_is_shown_as_crashed_below_the_task_that_failed(checkout, server):
+    before = {each["id"] for kind in ("flow", "task") for each in runs(server, kind)}
+    command = ("python", "-m", "flows.pipeline", "smoke", "--until", "train")
+    with checkout.flag(HOLD), checkout.started(*command) as process:
+        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        stage = stage_process(process.pid)
+        assert stage is not None
+        stage.kill()
+        _, err = process.communicate(timeout=30)
+    assert "train@smoke: error: its process was killed (signal 9)" in err
+    flows = [each for each in runs(server, "flow") if each["id"] not in before]
+    tasks = [each for each in runs(server, "task") if each["id"] not in before]
+    pipeline = next(each for each in flows if each["name"] == "smoke until train")
+    child = next(each for each in flows if each["name"] == "train@smoke")
+    assert (pipeline["state_type"], child["state_type"]) == ("FAILED", "CRASHED")
+    task = next(each for each in tasks if each["id"] == child["parent_task_run_id"])
+    assert task["flow_run_id"] == pipeline["id"]
+    assert not [each["name"] for each in tasks if each["state_type"] in ("RUNNING", "PENDING")]
+
+
 def test_gc_removes_only_what_no_stage_will_take_up(checkout):
     with checkout.flag("bad"):
         checkout.stage("train")
@@ -210,3 +257,17 @@ def test_gc_removes_only_what_no_stage_will_take_up(checkout):
     done = checkout.run("python", "-m", "flows", "gc")
     assert done.returncode == 0
     assert [path for path in kept.parent.iterdir() if path.is_dir()] == [kept]
+
+
+def test_a_pipeline_without_a_server_leaves_none_behind_when_it_is_killed(undisturbed, expected):
+    undisturbed.edit("tasks/train.py", '"""Toy stage."""', '"""Toy stage, changed."""')
+    command = ("python", "-m", "flows.pipeline", "smoke", "--until", "train")
+    with undisturbed.flag(HOLD), undisturbed.started(*command) as process:
+        wait_for(lambda: len(undisturbed.shards("train")) == 2, 120, "two shards")
+        below = processes_below(process.pid)
+        assert any("uvicorn" in each.cmdline() for each in below)
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive
+    assert store.digest(undisturbed.artifact("tokenize")) == expected["tokenize"]

@@ -90,6 +90,7 @@ def test_layers_with_one_input_share_one_A_and_it_is_the_one_each_would_have_alo
     for mine, own in zip(together, alone, strict=True):
         torch.testing.assert_close(shared.of(mine).A.value, separate.of(own).A.value)
         torch.testing.assert_close(shared.of(mine).S.value, separate.of(own).S.value)
+        assert shared.of(mine).A.num_tokens == separate.of(own).A.num_tokens  # each token once
 
 
 def test_the_seed_changes_S_and_not_A():

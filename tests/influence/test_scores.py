@@ -160,3 +160,9 @@ def test_a_shard_with_fewer_than_k_loses_nothing_of_the_other():
     large = TopK.of(torch.tensor([1, 2, 3, 4]), torch.tensor([[0.0, 2.0, 3.0, 4.0]]), 3)
     for merged in (small.merge(large), large.merge(small)):
         assert merged.ids.tolist() == [[4, 3, 2]]
+
+
+def test_tops_of_different_k_are_not_merged():
+    ids, scores = torch.tensor([1, 2]), torch.tensor([[1.0, 2.0]])
+    with pytest.raises(ValueError, match="top 1 and a top 2"):
+        TopK.of(ids, scores, 1).merge(TopK.of(ids, scores, 2))
