@@ -147,7 +147,7 @@ def make_checkout(path: Path, server: str | None = None, toy: bool = False) -> C
 def _write_toys(path: Path) -> None:
     params = {"tokenize": "context.params.tokenize.mode"}
     for stage in STAGES:
-        reads, param = READS.get(stage, ("tokenize",)), params.get(stage, "0")
+        reads, param = READS.get(stage, ()), params.get(stage, "0")
         outs = ["baselines.parquet", "recall.json", "metrics.json"]
         outs += ["spectra.png", "split_half.png", "baselines.png"]
         outs = outs if stage == "validate" else ["out.json"]

@@ -192,6 +192,8 @@ def test_a_layer_that_some_batches_do_not_run_counts_their_sequences_all_the_sam
     one, *others = (
         fit_spectra(model, layers, any_bases(layers), batches, SEED) for batches in ways
     )
+    alone = fit_spectra(model, layers, any_bases(layers), ways[1][:1], SEED)["expert"].values
+    torch.testing.assert_close(one["expert"].values, alone / 2)
     for other in others:
         torch.testing.assert_close(other["expert"].values, one["expert"].values)
 
@@ -229,3 +231,14 @@ def test_an_activation_that_is_not_finite_stops_the_fit_and_is_named():
     layers = models.attributed(model)
     with pytest.raises(ValueError, match=r"head(.|\n)*100"):
         fit_spectra(model, layers, any_bases(layers), [models.batch(models.corpus())], SEED)
+
+
+def test_a_gradient_that_is_not_finite_though_the_loss_is_stops_the_fit_and_is_named():
+    """The last position feeds no loss, but 0 · NaN is NaN in the sum over positions."""
+    model = models.mlp()
+    with torch.no_grad():
+        model.embedding.weight[5] = float("nan")
+    layers = models.attributed(model)
+    batch = models.batch([(torch.tensor(z), torch.arange(3) > 0) for z in ([1, 2, 3], [1, 2, 5])])
+    with pytest.raises(ValueError, match=r"block\.mlp\.fc1(.|\n)*101"):
+        fit_spectra(model, layers, any_bases(layers), [batch], SEED)

@@ -81,8 +81,8 @@ def test_a_step_along_minus_the_preconditioned_loss_gradient_raises_f_by_the_inf
             damping = 0.1 * block.eigenvalues.mean().item()
             steps.append((layer.module, -oracles.damped_solve(G, gradient, damping) / N))
         for q, query in enumerate(QUERIES):
-            effect = oracles.effect_of_a_step(model, query_sequence(query), steps, 1e-4)
-            assert got[q, n].item() == pytest.approx(effect, rel=1e-3, abs=1e-5)
+            effect = oracles.effect_of_a_step(model, query_sequence(query), steps, 1e-6)
+            assert got[q, n].item() == pytest.approx(effect, rel=1e-6, abs=1e-8)
 
 
 def test_one_more_copy_of_a_sequence_raises_f_by_its_influence_when_the_damping_is_huge():
