@@ -104,13 +104,11 @@ def test_every_score_is_the_dense_damped_solve(exact):
         start, end = tokens["offsets"][row : row + 2].tolist()
         ids, supervised = tokens["tokens"][start:end].long(), tokens["supervised"][start:end].bool()
         loss = -oracles.log_probability(model, (ids, supervised))
-        gradients = {
-            name: oracles.weight_gradient(loss, modules[name]) for name in layers
-        }
+        gradients = {name: oracles.weight_gradient(loss, modules[name]) for name in layers}
         for q, described in enumerate(queries):
-            expected = -sum(
-                float((solved[name][q] * gradients[name]).sum()) for name in layers
-            ) / (len(tokens["offsets"]) - 1)
+            expected = -sum(float((solved[name][q] * gradients[name]).sum()) for name in layers) / (
+                len(tokens["offsets"]) - 1
+            )
             assert found["ekfac", described["name"], row] == pytest.approx(expected, rel=1e-9)
 
 
