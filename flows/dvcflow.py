@@ -30,7 +30,7 @@ KILLED = re.compile(r"exited with -(\d+)")
 RESTORED = "is cached - skipping run"  # DVC's word for its run cache
 CHATTER = (  # what DVC says of itself, every time
     "Running stage ",
-    "> python -m flows.stage",
+    "> exec python -m flows.stage",
     "Generating lock file",
     "Updating lock file",
     "To track the changes",

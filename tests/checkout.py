@@ -65,6 +65,7 @@ class Checkout:
         """This process's, with this Python first and Prefect's state in the copy."""
         environment = dict(os.environ)
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        environment["SHELL"] = "/bin/sh"  # may fork where others replace themselves: the harder case
         environment |= {"PREFECT_API_URL": self.server} if self.server else {}
         return environment
 

@@ -38,7 +38,7 @@ def test_one_word_a_stage_in_all_places(root, stages):
     for stage, entry in stages.items():
         assert entry["foreach"] == "${runs}"
         body = entry["do"]
-        assert body["cmd"] == f"python -m flows.stage {stage} ${{key}}"
+        assert body["cmd"] == f"exec python -m flows.stage {stage} ${{key}}"
         assert (root / "tasks" / f"{stage}.py").is_file()
         outs = [*body.get("outs", []), *body.get("metrics", []), *body.get("plots", [])]
         assert outs
