@@ -65,7 +65,7 @@ class Checkout:
         """This process's, with this Python first and Prefect's state in the copy."""
         environment = dict(os.environ)
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        environment["SHELL"] = "/bin/sh"  # may fork where others replace themselves: the harder case
+        environment["SHELL"] = "/bin/sh"  # the harder case: some of its kind fork
         environment |= {"PREFECT_API_URL": self.server} if self.server else {}
         return environment
 
