@@ -10,9 +10,6 @@ VENV  := .venv
 BIN   := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
-PREFECT_ADDRESS := http://127.0.0.1:4200
-MLFLOW_PORT     := 5000
-
 # Stages are called as `python -m flows.stage`: that python must be ours.
 export PATH := $(BIN):$(PATH)
 
@@ -25,10 +22,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test lint format server worker mlflow clean
+.PHONY: help setup demo repro test test-doors gc lint format up down deploy server worker mlflow clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## install everything into .venv (each target below does it too)
 
@@ -48,8 +45,11 @@ demo: $(STAMP)  ## corpus to report on the embedded model and stories; a few min
 repro: $(STAMP)  ## run what is out of date, for every run of params/active.yaml (dvc repro)
 	@$(BIN)/dvc repro
 
-test: $(STAMP)  ## all tests, no network
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+test: $(STAMP)  ## the tests, no network; some minutes
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not doors"
+
+test-doors: $(STAMP)  ## the longer tests of servers, workers and runners, no network either
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m doors
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -60,23 +60,29 @@ format: $(STAMP)  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-server: $(STAMP)  ## Prefect's server and UI on http://127.0.0.1:4200
-	@$(BIN)/prefect server start --host 127.0.0.1
+up: $(STAMP)  ## Prefect's server, a worker, deployments, MLflow and report pages in the background
+	@$(BIN)/python -m flows up
 
-worker: export PREFECT_API_URL := $(PREFECT_ADDRESS)/api
-worker: $(STAMP)  ## a worker on the process pool `local`; needs `make server` in another terminal
-	@$(BIN)/python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' $(PREFECT_API_URL)/health 2>/dev/null \
-		|| { echo "no Prefect server at $(PREFECT_ADDRESS): run 'make server' in another terminal first"; exit 1; }
-	@$(BIN)/prefect work-pool inspect local >/dev/null 2>&1 || $(BIN)/prefect work-pool create local --type process
-	@$(BIN)/prefect worker start --pool local --limit 1
+down: $(STAMP)  ## end what `make up` started
+	@$(BIN)/python -m flows down
 
-# Without its job consumers the server needs 0.5 GB instead of 2.4 GB.
-mlflow: export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
-mlflow: $(STAMP)  ## MLflow's UI on http://127.0.0.1:5000
-	@$(BIN)/mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
-		--backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+deploy: $(STAMP)  ## register the deployments again (after a change of the flows or a new run)
+	@$(BIN)/python -m flows deploy
+
+server: $(STAMP)  ## only Prefect's server and UI, here: http://127.0.0.1:4200
+	@$(BIN)/python -m flows serve server
+
+worker: $(STAMP)  ## only a worker, here; one run at a time; deploys first; needs the server
+	@$(BIN)/python -m flows serve worker
+
+mlflow: $(STAMP)  ## only MLflow's UI, here: http://127.0.0.1:5000
+	@$(BIN)/python -m flows serve mlflow
+
+gc: $(STAMP)  ## remove what no stage will use again (make gc DRY=1 only lists it)
+	@$(BIN)/python -m flows gc $(if $(DRY),--dry-run)
 
 clean:  ## remove all that runs and tests make, results and DVC's cache included; .venv stays
+	@test ! -x $(BIN)/python || $(BIN)/python -m flows down
 	rm -rf artifacts .work .prefect mlruns mlartifacts mlflow.db mlflow.db-* dvc_plots
 	rm -rf .dvc/cache .dvc/tmp .pytest_cache .ruff_cache .hypothesis build dist
 	find benchmarks flows influence tasks tests -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

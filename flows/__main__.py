@@ -1,4 +1,4 @@
-"""`python -m flows {activate,check,deps,gc,top}`: what is not the work itself."""
+"""`python -m flows COMMAND`: what is not the work itself."""
 
 import argparse
 import os
@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows import closure, environment
-from flows.pipeline import workspace_lock
+from flows import closure, environment, gc, services
 from tasks import dvcstage
-from tasks.active import activate, check_active, check_inputs
-from tasks.leftovers import leftovers
+from tasks.active import activate, check_active, check_inputs, deactivate, load_active
 from tasks.params import ACTIVE, load_params, params_file
 from tasks.progress import say
 from tasks.terminal import top_lines
 from tasks.workspace import STAGES, find_root
+
+SERVICE_NAMES = ("server", "worker", "mlflow", "reports")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, call, told in (
         ("activate", run_activate, f"let dvc.yaml have the stages of a run: write {ACTIVE}"),
+        ("deactivate", run_deactivate, f"take a run out of {ACTIVE}; its artefacts stay"),
         ("check", run_check, "check a run's params and inputs; say what would run"),
         ("top", run_top, "print the top sequences of a run"),
     ):
@@ -53,8 +54,12 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--limit", type=int, default=5, help="sequences of each sign")
     deps = command("deps", run_deps, "compare the deps and params in dvc.yaml with the code")
     deps.add_argument("--write", action="store_true", help="rewrite them")
-    collect = command("gc", run_gc, "remove abandoned partial results from .work/")
-    collect.add_argument("--dry-run", action="store_true", help="only list them")
+    gc.add_options(command("gc", gc.run_gc, "remove what no stage will use again"))
+    command("up", run_up, "start server, worker, MLflow and report pages, and deploy the flows")
+    command("down", run_down, "end them")
+    command("deploy", run_deploy, "register the deployments with the Prefect server")
+    serve = command("serve", run_serve, "one of these services, in the foreground")
+    serve.add_argument("service", choices=SERVICE_NAMES)
     return top
 
 
@@ -62,7 +67,17 @@ def run_activate(root: Path, given: argparse.Namespace) -> int:
     """Write the run's entry."""
     changed = activate(root, given.run)
     say(f"{ACTIVE}: {given.run} {'written' if changed else 'was there already'}")
+    fit = load_active(root).runs[given.run].fit
+    if fit != given.run:
+        say(f"{given.run} uses the fit of {fit}: train, tokenize, factors, eigen and correct")
     say(f"now: python -m flows.pipeline {given.run}   or   dvc repro report@{given.run}")
+    return 0
+
+
+def run_deactivate(root: Path, given: argparse.Namespace) -> int:
+    """Remove the run's entry."""
+    changed = deactivate(root, given.run)
+    say(f"{ACTIVE}: {given.run} {'taken out' if changed else 'was not there'}")
     return 0
 
 
@@ -100,26 +115,44 @@ def run_deps(root: Path, given: argparse.Namespace) -> int:
     return 1 if stale and not given.write else 0
 
 
-def run_gc(root: Path, given: argparse.Namespace) -> int:
-    """Remove, or only list, what no stage will take up again."""
-    with workspace_lock(root):
-        found = leftovers(root)
-        for leftover in found:
-            size = f"{leftover.num_bytes / 1e6:.1f} MB"
-            say(f"{leftover.path.relative_to(root)}  {size}  ({leftover.reason})")
-            if not given.dry_run:
-                leftover.remove()
-    verb = "would be removed" if given.dry_run else "removed"
-    total = sum(leftover.num_bytes for leftover in found) / 1e6
-    say(f"{len(found)} folders, {total:.1f} MB {verb}")
-    return 0
-
-
 def run_top(root: Path, given: argparse.Namespace) -> int:
     """Print the top sequences."""
     for line in top_lines(root, given.run, given.query, given.limit):
         say(line)
     return 0
+
+
+def run_up(root: Path, given: argparse.Namespace) -> int:
+    """Start the services."""
+    services.up(root, lambda: _deploy(root))
+    return 0
+
+
+def run_down(root: Path, given: argparse.Namespace) -> int:
+    """End the services."""
+    services.down(root)
+    return 0
+
+
+def run_serve(root: Path, given: argparse.Namespace) -> int:
+    """Become a service."""
+    services.serve(root, given.service, lambda: _deploy(root))
+    return 0
+
+
+def run_deploy(root: Path, given: argparse.Namespace) -> int:
+    """Register the deployments."""
+    environment.check_server()
+    if environment.API_URL not in os.environ:
+        raise ValueError("no Prefect server of this checkout is up; run `make up`, which deploys")
+    say(f"deployments: {', '.join(_deploy(root))}")
+    return 0
+
+
+def _deploy(root: Path) -> list[str]:
+    from flows.deploy import deploy  # after the environment: Prefect reads it when imported
+
+    return deploy(root)
 
 
 if __name__ == "__main__":

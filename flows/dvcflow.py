@@ -1,4 +1,4 @@
-"""The pipeline as a Prefect flow: one task a stage; DVC decides which stages run.
+"""A run's stages as Prefect tasks: one task a stage; DVC decides which stages run.
 
 A stage that is up to date ends as `Cached`; another is run by `dvc repro`, in a process of its own,
 with code and memory of its own. `dvc.lock` has one writer, whichever door was used.
@@ -12,21 +12,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-from prefect import flow, get_run_logger, task
+from prefect import get_run_logger, task
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentTaskRunId
 from prefect.runtime import task_run
-from prefect.states import Completed, Crashed, Failed
+from prefect.states import Completed, Failed
 
 from flows import environment
-from flows.processes import end_group, end_server_with_this_process, signal_at_parents_death
+from flows.processes import end_group, signal_at_parents_death
 from tasks import dvcstage
+from tasks.active import owner
+from tasks.leftovers import damaged_cache
 from tasks.progress import duration, say
-from tasks.workspace import STAGES, find_root
+from tasks.workspace import ARTIFACTS, STAGES, find_root
 
 KILLED = re.compile(r"exited with -(\d+)")
+BUSY = re.compile(r"(is busy, it is being blocked by|Unable to acquire lock)")
 RESTORED = "is cached - skipping run"  # DVC's word for its run cache
 CHATTER = (  # what DVC says of itself, every time
     "Running stage ",
@@ -43,35 +44,41 @@ CHATTER = (  # what DVC says of itself, every time
 )
 
 
-@flow(name="pipeline", flow_run_name="{run} until {until}", validate_parameters=False)
-def pipeline(run: str, until: str) -> Any:
-    """Bring every stage of a run up to `until` up to date."""
-    end_server_with_this_process()
-    root, states = find_root(Path.cwd()), dict[str, Any]()
+def bring_up_to_date(root: Path, run: str, until: str) -> dict[str, Any]:
+    """Every stage of a run up to `until`: their states by name, ending at one that failed."""
+    states = dict[str, Any]()
     for stage in STAGES[: STAGES.index(until) + 1]:
         # Called, not submitted: only in the main thread does a cancel end the wait for the child.
-        states[stage] = dvc_stage.with_options(name=stage, task_run_name=f"{stage}@{run}")(
+        states[stage] = dvc_stage.with_options(
+            name=stage, task_run_name=f"{stage}@{owner(root, stage, run)}"
+        )(
             stage,
             run,
             wait_for=[states[name] for name in dvcstage.upstream(root, stage, run)],
             return_state=True,
         )
         if not states[stage].is_completed():
-            return Failed(message=states[stage].message)
-    return Completed(message=f"{run} is up to date until {until}")
+            break
+    return states
 
 
 @task(persist_result=False)
 def dvc_stage(stage: str, run: str) -> Any:
     """Run one stage by DVC if DVC finds a reason to."""
-    label, start = f"{stage}@{run}", time.monotonic()
+    root, start = find_root(Path.cwd()), time.monotonic()
+    label = f"{stage}@{owner(root, stage, run)}"
     try:
-        reasons = dvcstage.pending(find_root(Path.cwd()), stage, run)
+        reasons = dvcstage.pending(root, stage, run)
     except ValueError as raised:
         return Failed(message=f"{label}: {raised}")
     if not reasons:
         tell(f"{label}: cached")
         return Completed(name="Cached", message="up to date")
+    if any(each.startswith("changed outs") for each in reasons):
+        # Who edits an artefact as root edits DVC's cache through the link, and DVC restores that.
+        for damaged in damaged_cache(root, ARTIFACTS / owner(root, stage, run) / stage):
+            tell(f"{label}: its artefact was edited in place; it is made again")
+            damaged.remove()
     tell(f"{label}: runs ({reasons[0]}{', …' if len(reasons) > 1 else ''})")
     process = start_dvc(label)
     lines: list[str] = []
@@ -83,8 +90,6 @@ def dvc_stage(stage: str, run: str) -> Any:
         process.wait()
     finally:
         end_group(process)
-        if process.returncode:
-            mark_children_crashed(UUID(task_run.id))
     if process.returncode:
         return Failed(message=reason(label, lines))
     if any(RESTORED in line for line in lines):
@@ -126,6 +131,12 @@ def reason(label: str, lines: list[str]) -> str:
     for line in reversed(lines):
         if killed := KILLED.search(line):
             return f"{label}: error: its process was killed (signal {killed.group(1)})"
+    if any(BUSY.search(line) for line in lines):
+        return (
+            f"{label}: error: DVC is at work in this checkout through another door (`dvc repro` "
+            "in a terminal?); wait for it to end and run again"
+        )
+    for line in reversed(lines):
         if line.startswith("ERROR:"):
             return f"{label}: {line}"
     return f"{label}: error: dvc failed and did not say why"
@@ -135,16 +146,3 @@ def tell(line: str) -> None:
     """To the terminal and to the task run's log."""
     say(line)
     get_run_logger().info(line)
-
-
-def mark_children_crashed(parent: UUID) -> None:
-    """Runs below a task that are still open ended with their process: say so."""
-    below = FlowRunFilter(parent_task_run_id=FlowRunFilterParentTaskRunId(any_=[parent]))
-    state = Crashed(message="the stage's process ended")
-    with get_client(sync_client=True) as client:
-        for shard in client.read_task_runs(flow_run_filter=below):
-            if shard.state is None or not shard.state.is_final():
-                client.set_task_run_state(shard.id, state, force=True)
-        for child in client.read_flow_runs(flow_run_filter=below):
-            if child.state is None or not child.state.is_final():
-                client.set_flow_run_state(child.id, state, force=True)

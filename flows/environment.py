@@ -6,11 +6,18 @@ import urllib.request
 from pathlib import Path
 from urllib.error import URLError
 
+import psutil
+
 from tasks.workspace import outer_root
 
 API_URL = "PREFECT_API_URL"
 PARENT_TASK_RUN = "INFLUENCE_PARENT_TASK_RUN"  # under which task of the pipeline a stage nests
 LENT_SERVER = "INFLUENCE_LENT_SERVER"  # the API URL is a server that ends with the pipeline
+# Where `make up` puts its servers: on this machine only.
+PREFECT_URL = os.environ.get("INFLUENCE_PREFECT_URL", "http://127.0.0.1:4200")
+REPORTS_URL = os.environ.get("INFLUENCE_REPORTS_URL", "http://127.0.0.1:4201")
+MLFLOW_URL = os.environ.get("INFLUENCE_MLFLOW_URL", "http://127.0.0.1:5000")
+SERVICES = Path(".prefect/services")  # a log and a process id for each
 SERVER_WAIT = 5.0  # seconds; a server that is up answers in a few milliseconds
 
 
@@ -32,12 +39,30 @@ def set_environment(root: Path) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if API_URL not in os.environ and service_process(outer_root(root), "server"):
+        os.environ[API_URL] = f"{PREFECT_URL}/api"
+
+
+def service_process(root: Path, name: str) -> psutil.Process | None:
+    """The process of one of this checkout's services, if it is up."""
+    try:
+        told = (root / SERVICES / f"{name}.pid").read_text().split()
+        process = psutil.Process(int(told[0]))
+        # The number may have gone to another process since.
+        return process if str(process.create_time()) == told[1] else None
+    except (OSError, ValueError, IndexError, psutil.Error):
+        return None
 
 
 def child_environment(**extra: str) -> dict[str, str]:
     """The environment of a child: `python` and `dvc` there are those of this interpreter."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **extra}
+
+
+def report_url(run: str) -> str:
+    """Where the report of a run can be seen from a browser, while `make up` serves it."""
+    return f"{REPORTS_URL}/{run}/report/index.html"
 
 
 def check_server() -> None:

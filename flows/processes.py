@@ -12,10 +12,11 @@ from types import FrameType
 
 import psutil
 
+from flows import witness
+
 GRACE = 5.0  # seconds between the request to end and the kill
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130  # exit status, as shells have it
-GUARD = 'while kill -0 "$0" 2>/dev/null; do sleep 1; done; kill "$1" 2>/dev/null'
 
 
 def end_with_parent() -> None:
@@ -53,20 +54,19 @@ def end_when_interrupted() -> None:
     signal.signal(signal.SIGINT, interrupt)
 
 
-def end_server_with_this_process() -> None:
-    """Have a shell end the Prefect server that this process started, if it is killed itself.
+def have_witness() -> None:
+    """Within a flow run: have a process that closes the run should this one be killed.
 
-    Prefect ends its server only when the process that started it ends in an orderly way.
+    It also ends the server that this process started, if it did: Prefect ends one only when the
+    process that started it ends in an orderly way.
     """
-    for child in psutil.Process().children():
-        if "uvicorn" in child.cmdline():
-            subprocess.Popen(
-                ["sh", "-c", GUARD, str(os.getpid()), str(child.pid)],
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import flow_run
+
+    with get_client(sync_client=True) as client:
+        server = str(client.api_url)
+    started = [each.pid for each in psutil.Process().children() if "uvicorn" in each.cmdline()]
+    witness.watch(server, str(flow_run.id), *started[:1])
 
 
 def end_group(process: subprocess.Popen[str]) -> None:

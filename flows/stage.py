@@ -19,15 +19,15 @@ from uuid import UUID
 from flows import environment
 from flows.processes import (
     INTERRUPTED,
-    end_server_with_this_process,
     end_when_interrupted,
     end_with_parent,
+    have_witness,
 )
 from tasks import dvcstage, workspace
 from tasks.active import check_active, check_inputs
 from tasks.params import load_params
 from tasks.progress import duration, say
-from tasks.workspace import STAGES, StageContext
+from tasks.workspace import FIT_STAGES, STAGES, StageContext
 
 USER_ERRORS = (ValueError, OSError)
 
@@ -65,12 +65,16 @@ def open_stage(start: Path, stage: str, run: str) -> StageContext:
     root = workspace.find_root(start)
     environment.set_environment(root)
     params = load_params(root, run)
-    check_active(root, run, params)
+    fit = check_active(root, run, params)
+    if stage in FIT_STAGES and fit != run:
+        raise ValueError(
+            f"run {run} uses the fit of {fit}: run `python -m flows.stage {stage} {fit}` instead"
+        )
     check_inputs(root, run, params)
     environment.check_server()
     fingerprint = dvcstage.input_fingerprint(root, stage, run, params.runtime)
     reads = tuple(dvcstage.upstream(root, stage, run))
-    return StageContext(run, stage, params, root, fingerprint, reads)
+    return StageContext(run, stage, params, root, fingerprint, fit, reads)
 
 
 def run_stage(context: StageContext) -> BaseException | None:
@@ -90,12 +94,16 @@ def stage_flow(context: StageContext) -> Any:
     from prefect import flow
     from prefect.states import Failed
 
+    from flows.artifacts import show_stage
+    from flows.limits import accelerator
     from tasks.shards import task_runner
 
     def stage_of_run(stage: str, run: str) -> Any:
-        end_server_with_this_process()
+        have_witness()
         try:
-            work(dataclasses.replace(context, tags=_tags()))
+            with accelerator(context.params.runtime):
+                work(dataclasses.replace(context, tags=_tags()))
+            show_stage(context)
         except USER_ERRORS as error:
             return Failed(message=str(error), data=error)
         return f"{stage}@{run}"

@@ -1,52 +1,67 @@
-"""`params/active.yaml`: which runs `dvc.yaml` spells out, and the input files that DVC watches.
+"""`params/active.yaml`: which runs `dvc.yaml` spells out, their input files, whose fit they use.
 
 DVC cannot look into `params/<run>.yaml` for the paths of a stage's inputs, so they are told twice:
-`activate` writes them, and `check_active` refuses to start a stage where the two disagree.
+`activate` writes them, and `check_active` refuses to start a stage where the two disagree. Runs
+that agree on model, corpus and fit share one: the curvature is fitted once, for any query set.
 """
 
 from pathlib import Path
+from typing import Any
 
 from tasks import store
-from tasks.params import (
-    ACTIVE,
-    LocalCheckpoint,
-    RunParams,
-    Scratch,
-    Section,
-    Text,
-    checked,
-    load_params,
-    params_file,
-)
+from tasks.origin import LocalCheckpoint, Scratch
+from tasks.params import ACTIVE, RunParams, checked, load_params, params_file
+from tasks.section import Section, Text
+from tasks.workspace import FIT_STAGES
 from tasks.yamlfile import read_editable, yaml_text
 
+# What the stages of a fit read; runs that agree on these may share one.
+FIT_SECTIONS = ("train", "corpus", "tokenize", "layers", "factors", "correct")
 
-class RunPaths(Section):
-    """The input files of one run: an entry of `params/active.yaml`."""
+
+class FitEntry(Section):
+    """The input files of one fit: an entry of `fits` in `params/active.yaml`."""
 
     model: Text
     corpus: Text
+
+
+class RunEntry(Section):
+    """An entry of `runs` in `params/active.yaml`."""
+
     queries: Text
+    fit: Text  # the run whose fit this one uses: itself, or one with the same fit sections
 
 
 class Active(Section):
     """All of `params/active.yaml`."""
 
-    runs: dict[str, RunPaths]
+    fits: dict[str, FitEntry]
+    runs: dict[str, RunEntry]
 
 
-def load_active(root: Path) -> dict[str, RunPaths]:
-    """The runs that `dvc.yaml` spells out, by name."""
-    return checked(root, ACTIVE, Active).runs
+def load_active(root: Path) -> Active:
+    """The runs and fits that `dvc.yaml` spells out, by name."""
+    return checked(root, ACTIVE, Active)
 
 
-def run_paths(params: RunParams) -> RunPaths:
-    """The entry of a run in `params/active.yaml`.
+def owner(root: Path, stage: str, run: str) -> str:
+    """The run under whose name DVC has a stage of `run`: `factors@OWNER`."""
+    entry = load_active(root).runs.get(run)
+    return entry.fit if entry and stage in FIT_STAGES else run
+
+
+def fit_entry(params: RunParams) -> FitEntry:
+    """What DVC watches for a fit.
 
     A model to train, or from the hub, is no file here: its stage then watches the corpus.
     """
-    model = checkpoint_path(params) or params.corpus.path
-    return RunPaths(model=model, corpus=params.corpus.path, queries=params.query.path)
+    return FitEntry(model=checkpoint_path(params) or params.corpus.path, corpus=params.corpus.path)
+
+
+def fit_differences(one: RunParams, other: RunParams) -> list[str]:
+    """The sections by which two runs cannot share a fit."""
+    return [name for name in FIT_SECTIONS if getattr(one, name) != getattr(other, name)]
 
 
 def checkpoint_path(params: RunParams) -> str | None:
@@ -57,25 +72,34 @@ def checkpoint_path(params: RunParams) -> str | None:
     return checkpoint.path if isinstance(checkpoint, LocalCheckpoint) else None
 
 
-def check_active(root: Path, run: str, params: RunParams) -> None:
-    """That `params/active.yaml` says of `run` what its params file says.
+def check_active(root: Path, run: str, params: RunParams) -> str:
+    """That `params/active.yaml` says of `run` what its params file says; the run of its fit.
 
     Raises:
         ValueError: with the command that repairs it.
     """
-    told, wanted = load_active(root).get(run), run_paths(params)
-    repair = f"run `python -m flows activate {run}`"
+    active, repair = load_active(root), f"run `python -m flows activate {run}`"
+    told = active.runs.get(run)
     if told is None:
         raise ValueError(
             f"{ACTIVE}: run {run!r} is not there, so DVC has no stages for it; {repair}"
         )
-    for key, value in wanted.model_dump().items():
-        given = getattr(told, key)
+    if told.fit != run and (other := fit_differences(params, load_params(root, told.fit))):
+        raise ValueError(
+            f"{ACTIVE}: `runs.{run}.fit` is {told.fit!r}, but {params_file(run)} and "
+            f"{params_file(told.fit)} differ in {', '.join(other)}; {repair}"
+        )
+    places = {f"runs.{run}.queries": (told.queries, params.query.path)}
+    fit = active.fits.get(told.fit)
+    for key, value in fit_entry(params).model_dump().items():
+        places[f"fits.{told.fit}.{key}"] = (getattr(fit, key, "nothing"), value)
+    for key, (given, value) in places.items():
         if given != value:
             raise ValueError(
-                f"{ACTIVE}: `runs.{run}.{key}`: given {given!r}, but {params_file(run)} has "
-                f"{value!r}; {repair}"
+                f"{ACTIVE}: `{key}`: given {given!r}, but {params_file(run)} has {value!r}; "
+                f"{repair}"
             )
+    return told.fit
 
 
 def check_inputs(root: Path, run: str, params: RunParams) -> None:
@@ -99,14 +123,53 @@ def check_inputs(root: Path, run: str, params: RunParams) -> None:
 def activate(root: Path, run: str) -> bool:
     """Write a run's entry into `params/active.yaml`; whether anything changed.
 
-    The file's comments stay. The run's params file is checked first, with its inputs.
+    A run that differs from an active one only in what comes after the fit uses that one's fit. The
+    file's comments stay. The run's params file is checked first, with its inputs.
     """
     params = load_params(root, run)
     check_inputs(root, run, params)
+    content, active = read_editable(root / ACTIVE), load_active(root)
+    fit = _fit_to_use(root, run, params, active)
+    content["fits"][fit] = fit_entry(params).model_dump()
+    content["runs"][run] = RunEntry(queries=params.query.path, fit=fit).model_dump()
+    return _write_active(root, content)
+
+
+def deactivate(root: Path, run: str) -> bool:
+    """Take a run out of `params/active.yaml`; whether it was there. Its artefacts stay.
+
+    Raises:
+        ValueError: if another run uses its fit.
+    """
+    users = [name for name, entry in load_active(root).runs.items() if entry.fit == run != name]
+    if users:
+        raise ValueError(
+            f"{ACTIVE}: {', '.join(users)} uses the fit of {run!r}; "
+            f"deactivate {', '.join(users)} first"
+        )
     content = read_editable(root / ACTIVE)
-    entry = run_paths(params).model_dump()
-    if content["runs"].get(run) == entry:
+    content["runs"].pop(run, None)
+    return _write_active(root, content)
+
+
+def _fit_to_use(root: Path, run: str, params: RunParams, active: Active) -> str:
+    """The run's own fit if it has one, else that of a run which agrees, the present one first."""
+    told = active.runs.get(run)
+    if told and told.fit == run:
+        return run
+    owners = [name for name, entry in active.runs.items() if entry.fit == name]
+    owners.sort(key=lambda name: not told or name != told.fit)
+    files = [name for name in owners if (root / params_file(name)).is_file()]
+    return next((n for n in files if not fit_differences(params, load_params(root, n))), run)
+
+
+def _write_active(root: Path, content: Any) -> bool:
+    """Write the file if it says anything new; fits that no run uses go."""
+    used = {entry["fit"] for entry in content["runs"].values()}
+    for name in set(content["fits"]) - used:
+        del content["fits"][name]
+    text = yaml_text(content)
+    if text == (root / ACTIVE).read_text(encoding="utf-8"):
         return False
-    content["runs"][run] = entry
-    store.write_text(root / ACTIVE, yaml_text(content))
+    store.write_text(root / ACTIVE, text)
     return True

@@ -4,10 +4,12 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tasks.active import owner
 from tasks.params import ACTIVE, Runtime
 from tasks.workspace import ARTIFACTS
 
@@ -81,11 +83,32 @@ def recorded_digests(root: Path, run: str, stages: Sequence[str]) -> dict[str, s
     return digests
 
 
+@dataclass(frozen=True, slots=True)
+class Out:
+    """An output as dvc.lock has it; `digest` is DVC's md5."""
+
+    stage: str
+    path: str
+    digest: str
+    num_bytes: int
+
+
+def recorded_outs(root: Path, run: str, stages: Sequence[str]) -> list[Out]:
+    """What stages wrote, as dvc.lock has it; stages that never ran are left out."""
+    with _repo(root) as repo:
+        return [
+            Out(stage, _path(root, out), out.hash_info.value, out.meta.size or 0)
+            for stage in stages
+            for found in repo.stage.collect(_target(root, stage, run))
+            for out in found.outs
+            if out.hash_info
+        ]
+
+
 def upstream(root: Path, stage: str, run: str) -> list[str]:
     """Stages whose artefacts a stage reads, by `dvc.yaml`."""
-    folder = ARTIFACTS / run
     deps = [Path(dep) for dep in tracked_paths(root, stage, run)[0]]
-    return [dep.relative_to(folder).parts[0] for dep in deps if dep.is_relative_to(folder)]
+    return [dep.parts[2] for dep in deps if dep.is_relative_to(ARTIFACTS)]
 
 
 def tracked_paths(root: Path, stage: str, run: str) -> tuple[list[str], list[str]]:
@@ -103,7 +126,7 @@ def tracked_paths(root: Path, stage: str, run: str) -> tuple[list[str], list[str
 
 def _target(root: Path, stage: str, run: str) -> str:
     """With the file's path, or DVC would take the `dvc.yaml` of the current directory."""
-    return f"{root / 'dvc.yaml'}:{stage}@{run}"
+    return f"{root / 'dvc.yaml'}:{stage}@{owner(root, stage, run)}"
 
 
 def _path(root: Path, entry: Any) -> str:

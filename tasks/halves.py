@@ -1,6 +1,8 @@
 """Split-half agreement: scores from curvature fitted on two disjoint halves of the data."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -21,12 +23,46 @@ from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, split
 from tasks.workspace import StageContext
 
+NUM_RESAMPLES = 500  # for the interval of one layer: there are many, and two digits are enough
 
-def split_half(context: StageContext) -> tuple[Agreement, list[Float[Tensor, "q n"]]]:
-    """Agreement of the two halves' scores, and the scores themselves."""
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """Scores of the same sample by either half, split by layer; layers in the model's order."""
+
+    layers: tuple[str, ...]
+    first: Float[Tensor, "q n l"]
+    second: Float[Tensor, "q n l"]
+
+    @property
+    def totals(self) -> tuple[Float[Tensor, "q n"], Float[Tensor, "q n"]]:
+        """The scores themselves: the sum over layers."""
+        return self.first.sum(dim=-1), self.second.sum(dim=-1)
+
+    def agreement(self, seed: int) -> Agreement:
+        """Of the scores."""
+        return Agreement.of(*self.totals, seed)
+
+    def by_layer(self, seed: int) -> dict[str, dict[str, float]]:
+        """Pearson of each layer's share of the scores, and the low end of its interval.
+
+        A layer whose share is the same in every sequence has no correlation, and no entry.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for place, name in enumerate(self.layers):
+            each = Agreement.of(
+                self.first[..., place], self.second[..., place], seed, NUM_RESAMPLES
+            )
+            if isfinite(each.pearson):
+                found[name] = {"split_half": each.pearson, "split_half_low": each.low}
+        return found
+
+
+def split_half(context: StageContext) -> Halves:
+    """Fit on two halves of the data, and score a sample of the candidates with either."""
     parts = map_shards(context, half_shard, split(2, 2), name="half")
-    halves = [store.read_tensor(part, "scores") for part in parts]
-    return Agreement.of(halves[0], halves[1], context.params.validate_.seed), halves
+    first, second = (store.read_tensor(part, "scores") for part in parts)
+    return Halves(tuple(store.read_metadata(parts[0])["layers"]), first, second)
 
 
 def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
@@ -51,9 +87,10 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     sample = choose_rows(candidates["row"].to_pylist(), settings.sample, settings.seed)
     batches = reference.batches(sample)
     raw = [part for _, part in stream(attributed.model, attributed.layers, prepared, batches)]
-    scores = torch.cat(raw, dim=1).double().sum(dim=-1)
     # Both halves meet the sample in the same order, so it need not be put back into rows.
-    store.write_tensors(path, {"scores": influence(scores.cpu(), tokens.num_sequences)})
+    scores = influence(torch.cat(raw, dim=1).double().cpu(), tokens.num_sequences)
+    names = [layer.name for layer in attributed.layers]
+    store.write_tensors(path, {"scores": scores}, {"layers": names})
 
 
 def fit_solvers(

@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import transformers
@@ -16,8 +16,9 @@ from torch import nn
 
 from tasks.checkpoints import ModelReference, checkpoint_files
 
-CausalLM = transformers.PreTrainedModel
-Tokenizer = transformers.PreTrainedTokenizerFast
+# Names only: loading the class of models takes seconds, which stages that only tokenize can spare.
+CausalLM: TypeAlias = "transformers.PreTrainedModel"
+Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerFast"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 

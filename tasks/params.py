@@ -9,97 +9,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from tasks.complaints import complaints
+from tasks.origin import Checkpoint, Scratch
+from tasks.section import Count, Section, Seed, Text, by_key
 from tasks.yamlfile import read_yaml
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 ACTIVE = Path("params/active.yaml")
 MAX_SHARDS = 50  # more task runs a stage make Prefect's sqlite database stall
 
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Model = TypeVar("Model", bound=BaseModel)
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Frozen, strict (no "32" for 32), and closed: an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _by_key(**tags: str) -> Discriminator:
-    """Choose the class of a union by which of the keys `tags` is there."""
-
-    def tag(given: Any) -> str | None:
-        keys = given if isinstance(given, dict) else getattr(given, "__dict__", {})
-        return next((tags[key] for key in tags if key in keys), None)
-
-    return Discriminator(tag, custom_error_type="kind", custom_error_message=" or ".join(tags))
-
-
-class LocalCheckpoint(Section):
-    """A Hugging Face checkpoint in a folder."""
-
-    path: Text = Field(description="folder with config.json, model.safetensors, tokenizer.json")
-
-
-class HubCheckpoint(Section):
-    """A Hugging Face checkpoint from the hub, at one revision."""
-
-    hub: Text = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="organisation/name")
-    revision: Text = Field(
-        pattern=r"^[0-9a-f]{40}$", description="the full sha of a commit: names like main move"
-    )
-
-
-class Checkpoint(Section):
-    """A model that exists."""
-
-    checkpoint: Annotated[
-        Annotated[LocalCheckpoint, Tag("<path>")] | Annotated[HubCheckpoint, Tag("<hub>")],
-        _by_key(path="<path>", hub="<hub>"),
-    ]
-
-
-class Architecture(Section):
-    """A small model and how to train it from scratch on the run's corpus."""
-
-    architecture: Literal["gpt2", "llama"]
-    width: Count = Field(description="width of the residual stream; a multiple of heads")
-    layers: Count
-    heads: Count
-    vocabulary: int = Field(ge=260, description="size of the byte-level BPE vocabulary")
-    context: int = Field(ge=2, description="tokens")
-    steps: Count
-    batch: Count = Field(description="sequences a step")
-    learning_rate: float = Field(gt=0, le=1)
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "Architecture":
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width {self.width} does not split into {self.heads} heads of an even size; "
-                f"take a width that is a multiple of {2 * self.heads}"
-            )
-        return self
-
-
-class Scratch(Section):
-    """A model to train."""
-
-    scratch: Architecture
 
 
 class Corpus(Section):
@@ -172,7 +93,7 @@ class Value(Section):
 
 Damping = Annotated[
     Annotated[Ratio, Tag("<ratio>")] | Annotated[Value, Tag("<value>")],
-    _by_key(ratio="<ratio>", value="<value>"),
+    by_key(ratio="<ratio>", value="<value>"),
 ]
 
 
@@ -223,7 +144,7 @@ class RunParams(Section):
 
     train: Annotated[
         Annotated[Checkpoint, Tag("<checkpoint>")] | Annotated[Scratch, Tag("<scratch>")],
-        _by_key(checkpoint="<checkpoint>", scratch="<scratch>"),
+        by_key(checkpoint="<checkpoint>", scratch="<scratch>"),
     ]
     corpus: Corpus
     tokenize: Tokenize
@@ -260,15 +181,10 @@ def load_params(root: Path, run: str) -> RunParams:
     Raises:
         ValueError: if the name or the file is wrong; one line for each fault, with the key.
     """
-    if not RUN_NAME.fullmatch(run):
-        raise ValueError(
-            f"run name {run!r}: wanted lower-case letters, digits, - and _, a letter or digit first"
-        )
-    file = params_file(run)
+    file = run_file(run)
     if not (root / file).is_file():
-        names = sorted(p.stem for p in (root / "params").glob("*.yaml") if p.name != ACTIVE.name)
         raise ValueError(
-            f"there is no {file} for run {run!r}; write one, or take {' or '.join(names)}"
+            f"there is no {file} for run {run!r}; write one, or take {' or '.join(run_names(root))}"
         )
     return checked(root, file, RunParams)
 
@@ -278,13 +194,40 @@ def params_file(run: str) -> Path:
     return Path("params") / f"{run}.yaml"
 
 
+def run_file(run: str) -> Path:
+    """`params_file` of a name that may come from outside: it cannot leave the folder.
+
+    Raises:
+        ValueError: if it is no name of a run.
+    """
+    if not RUN_NAME.fullmatch(run) or params_file(run) == ACTIVE:
+        raise ValueError(
+            f"run name {run!r}: wanted lower-case letters, digits, - and _, a letter or digit "
+            f"first, and not {ACTIVE.stem!r}"
+        )
+    return params_file(run)
+
+
+def run_names(root: Path) -> list[str]:
+    """The runs that have a params file."""
+    return sorted(p.stem for p in (root / "params").glob("*.yaml") if p.name != ACTIVE.name)
+
+
 def checked(root: Path, file: Path, model: type[Model]) -> Model:
     """The file as a `model`.
 
     Raises:
         ValueError: if it is missing, not YAML, or not such a model.
     """
-    given = read_yaml(root / file, shown=file)
+    return validated(read_yaml(root / file, shown=file), file, model)
+
+
+def validated(given: Any, file: Path, model: type[Model]) -> Model:
+    """Plain values as a `model`; `file` is named in error messages.
+
+    Raises:
+        ValueError: if they are not such a model.
+    """
     if not isinstance(given, dict):
         raise ValueError(
             f"{file}: given {type(given).__name__}, wanted keys ({', '.join(model.model_fields)})"

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.corpora import Record, records
-from tasks.models import Tokenizer, boundary_token
+
+if TYPE_CHECKING:  # transformers is slow to import, and to check a query set needs no tokenizer
+    from tasks.models import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class QueryText:
 
 
 def load_queries(
-    path: Path, tokenizer: Tokenizer, bos: bool, context: int | None
+    path: Path, tokenizer: "Tokenizer", bos: bool, context: int | None
 ) -> list[QueryText]:
     """Read and tokenise a query set, one JSON object a line with name, prompt and completion.
 
@@ -80,7 +82,9 @@ def _check_text(record: Record, key: str) -> None:
         raise ValueError(f"{record.place}: the query's {key} is empty; some text is wanted")
 
 
-def _tokenise(record: Record, tokenizer: Tokenizer, bos: bool, context: int | None) -> QueryText:
+def _tokenise(record: Record, tokenizer: "Tokenizer", bos: bool, context: int | None) -> QueryText:
+    from tasks.models import boundary_token
+
     fields = dict(record.fields)
     name, prompt, completion = (fields.pop(key) for key in ("name", "prompt", "completion"))
     encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)

@@ -5,16 +5,19 @@ from pathlib import Path
 from tasks import store
 from tasks.page.document import document
 from tasks.page.evidence import Evidence
+from tasks.tracking import attach
 from tasks.workspace import StageContext
 
 PAGE = "index.html"
 
 
 def run(context: StageContext) -> None:
-    """Write index.html from what query, score and validate found."""
+    """Write index.html from what query, score and validate found; add it to their MLflow run."""
     settings = context.params.report
     page = document(read_evidence(context), settings.top)
     store.write_text(context.out / PAGE, page)
+    metrics = context.artifact("validate") / "metrics.json"
+    attach(context.root, context.run, metrics, context.out / PAGE, "report")
 
 
 def read_evidence(context: StageContext) -> Evidence:

@@ -135,9 +135,11 @@ class Job:
         assert self.path.is_file(), f"{self.compute.__qualname__} did not write {self.path}"
         return {"file": self.file, "digest": store.digest(self.path)}
 
-    def holds(self, result: dict[str, str]) -> bool:
-        """Whether the file is there, as `result` says it was written."""
-        return self.path.is_file() and store.digest(self.path) == result["digest"]
+    def holds(self, result: Any) -> bool:
+        """Whether the file is there, as `result` (an error, if it failed) says it was written."""
+        if not (isinstance(result, dict) and self.path.is_file()):
+            return False
+        return store.digest(self.path) == result["digest"]
 
 
 def limit_torch_threads(workers: int) -> None:

@@ -35,6 +35,20 @@ def top_lines(root: Path, run: str, query: str | None = None, limit: int = 5) ->
             yield from (line(row, width) for row in signed)
 
 
+def top_rows(root: Path, run: str, limit: int) -> Iterator[dict[str, Any]]:
+    """The highest and lowest sequences of every query, a row each, for a table."""
+    folder = root / ARTIFACTS / run / "score"
+    for row in store.read_table(folder / "top.parquet", COLUMNS).to_pylist():
+        if row["rank"] <= limit:
+            yield {
+                "query": row["query"],
+                "rank": f"{'+' if row['influence'] >= 0 else '−'}{row['rank']}",
+                "influence": float(f"{row['influence']:.4g}"),
+                "sequence": row["sequence"],
+                "text": snippet(row["tokens"], row["token_influence"], 100),
+            }
+
+
 def line(row: dict[str, Any], width: int) -> str:
     """Influence, id and the part of the text around the token that did most."""
     head = f"  {row['influence']:+10.2e}  {row['sequence']:<16}  "

@@ -33,7 +33,7 @@ from tasks.models import (
     load_tokenizer,
     vocabulary_size,
 )
-from tasks.params import Architecture, LocalCheckpoint, Scratch
+from tasks.origin import Architecture, LocalCheckpoint, Scratch
 from tasks.windows import cut_windows, encode
 from tasks.workspace import StageContext
 

@@ -25,6 +25,8 @@ STAGES = (
     "validate",
     "report",
 )
+# What depends on model and corpus alone: runs that agree on these share one fit.
+FIT_STAGES = ("train", "tokenize", "factors", "eigen", "correct")
 WORK = Path(".work")
 ARTIFACTS = Path("artifacts")
 EXPERIMENTS = Path(".dvc/tmp/exps")
@@ -40,6 +42,7 @@ class StageContext:
         params: the checked params; a stage reads the sections that `dvc.yaml` tracks for it.
         root: the checkout, where `dvc.yaml` is.
         fingerprint: sha256 of all that the stage's result depends on.
+        fit: the run whose fit this one uses; None: its own.
         reads: stages whose artefacts `dvc.yaml` lists among the deps; None: not checked.
         tags: where this execution comes from, for MLflow: Prefect ids, DVC experiment.
     """
@@ -49,6 +52,7 @@ class StageContext:
     params: RunParams
     root: Path
     fingerprint: str
+    fit: str | None = None
     reads: tuple[str, ...] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,7 +72,7 @@ class StageContext:
         return self.root / ARTIFACTS / self.run / self.stage
 
     def artifact(self, stage: str) -> Path:
-        """The folder that an earlier stage of this run wrote.
+        """The folder that an earlier stage of this run, or of the run whose fit it uses, wrote.
 
         Raises:
             ValueError: if `dvc.yaml` does not list it, or that stage has not run.
@@ -78,10 +82,11 @@ class StageContext:
                 f"stage {self.stage} reads the artefact of {stage}, but dvc.yaml does not list it "
                 f"among its deps; add artifacts/${{key}}/{stage} there"
             )
-        folder = self.root / ARTIFACTS / self.run / stage
+        run = self.fit or self.run if stage in FIT_STAGES else self.run
+        folder = self.root / ARTIFACTS / run / stage
         if not folder.is_dir():
             raise ValueError(
-                f"{folder} does not exist: stage {stage} of run {self.run} has not run; "
+                f"{folder} does not exist: stage {stage} of run {run} has not run; "
                 f"run `python -m flows.pipeline {self.run} --until {self.stage}`"
             )
         return folder

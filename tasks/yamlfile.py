@@ -35,9 +35,29 @@ def yaml_text(content: Any) -> str:
     return stream.getvalue()
 
 
+def plain(content: Any) -> Any:
+    """What `read_editable` found, without the comments: dicts, lists and scalars."""
+    if isinstance(content, dict):
+        return {str(key): plain(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [plain(value) for value in content]
+    if isinstance(content, bool) or content is None:
+        return content
+    for kind in (int, float, str):  # ruamel's scalars remember how they were written
+        if isinstance(content, kind):
+            return kind(content)
+    return content
+
+
 def _editor() -> YAML:
     yaml = YAML()
     yaml.width = 4096
     yaml.preserve_quotes = True
     yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), _null)
     return yaml
+
+
+def _null(representer: Any, _value: None) -> Any:
+    """`null` written out: what is left empty looks forgotten."""
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("flows", "influence", "params", "tasks", "data")
 FILES = ("dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore")
 HOLD = "hold"  # while a file of this name is at the root, shards from the third on wait
-READS = {"train": (), "tokenize": ("train",)}
+READS = {
+    "tokenize": ["train"],
+    "filter": ["tokenize"],
+    "factors": ["tokenize"],
+    "eigen": ["factors"],
+    "correct": ["eigen"],
+    "query": ["correct"],
+    "stream": ["filter", "query"],
+    "score": ["stream"],
+    "validate": ["score"],
+    "report": ["validate"],
+}
+PARAMS = {"tokenize": "context.params.tokenize.mode", "query": "context.params.query.damping"}
 TOY = '''"""Toy stage."""
 
 from pathlib import Path
@@ -59,6 +71,7 @@ class Checkout:
 
     path: Path
     server: str | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -67,7 +80,7 @@ class Checkout:
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         environment["SHELL"] = "/bin/sh"  # the harder case: some of its kind fork
         environment |= {"PREFECT_API_URL": self.server} if self.server else {}
-        return environment
+        return environment | dict(self.extra)
 
     @contextlib.contextmanager
     def started(self, *command: str) -> Iterator[subprocess.Popen[str]]:
@@ -146,9 +159,8 @@ def make_checkout(path: Path, server: str | None = None, toy: bool = False) -> C
 
 
 def _write_toys(path: Path) -> None:
-    params = {"tokenize": "context.params.tokenize.mode"}
     for stage in STAGES:
-        reads, param = READS.get(stage, ()), params.get(stage, "0")
+        reads, param = READS.get(stage, []), PARAMS.get(stage, "0")
         outs = ["baselines.parquet", "recall.json", "metrics.json"]
         outs += ["spectra.png", "split_half.png", "baselines.png"]
         outs = outs if stage == "validate" else ["out.json"]
@@ -202,6 +214,21 @@ def processes_below(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def outlive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that are still at work after so many seconds; a zombie is not, whoever reaps it."""
+    deadline = time.monotonic() + seconds
+    while (alive := [each for each in processes if _works(each)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return alive
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def stage_process(pid: int) -> psutil.Process | None:

@@ -10,9 +10,9 @@ from ruamel.yaml import YAML
 
 from flows import closure
 from tasks import dvcstage
-from tasks.active import load_active
+from tasks.active import FIT_SECTIONS, load_active
 from tasks.params import load_params
-from tasks.workspace import STAGES
+from tasks.workspace import FIT_STAGES, STAGES
 from tests.checkout import Checkout, make_checkout
 
 RUNS = ("tinystories", "smoke")
@@ -36,7 +36,7 @@ def test_deps_and_params_are_what_the_code_needs(root):
 def test_one_word_a_stage_in_all_places(root, stages):
     assert tuple(stages) == STAGES
     for stage, entry in stages.items():
-        assert entry["foreach"] == "${runs}"
+        assert entry["foreach"] == ("${fits}" if stage in FIT_STAGES else "${runs}")
         body = entry["do"]
         assert body["cmd"] == f"exec python -m flows.stage {stage} ${{key}}"
         assert (root / "tasks" / f"{stage}.py").is_file()
@@ -52,9 +52,8 @@ def test_runtime_is_never_tracked(stages):
 
 def test_a_stage_reads_only_artefacts_of_stages_before_it(stages):
     for stage, entry in stages.items():
-        folders = [dep for dep in entry["do"]["deps"] if dep.startswith("artifacts/")]
-        before = STAGES[: STAGES.index(stage)]
-        assert set(folders) <= {f"artifacts/${{key}}/{name}" for name in before}
+        folders = {dep for dep in entry["do"]["deps"] if dep.startswith("artifacts/")}
+        assert folders <= {artifact(name, stage) for name in STAGES[: STAGES.index(stage)]}
 
 
 def test_the_artefacts_that_a_stages_own_file_reads_are_its_deps(root, stages):
@@ -68,7 +67,22 @@ def test_the_artefacts_that_a_stages_own_file_reads_are_its_deps(root, stages):
             for argument in call.args
             if isinstance(argument, ast.Constant)
         }
-        assert {f"artifacts/${{key}}/{name}" for name in read} <= set(entry["do"]["deps"])
+        assert {artifact(name, stage) for name in read} <= set(entry["do"]["deps"])
+
+
+def artifact(stage: str, reader: str) -> str:
+    """The artefact of a stage as the deps of another have it."""
+    shared = stage in FIT_STAGES and reader not in FIT_STAGES
+    return f"artifacts/{'${item.fit}' if shared else '${key}'}/{stage}"
+
+
+def test_what_a_fit_reads_is_what_runs_must_agree_on_to_share_it(root):
+    read = {
+        key.split(".")[0] for stage in FIT_STAGES for key in closure.params_of_stage(root, stage)
+    }
+    assert read == set(FIT_SECTIONS)
+    for stage in FIT_STAGES:
+        assert set(dvcstage.upstream(root, stage, "smoke")) <= set(FIT_STAGES)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +90,7 @@ def test_the_artefacts_that_a_stages_own_file_reads_are_its_deps(root, stages):
     [
         ("influence/scores.py", {"train", "tokenize", "filter", "factors", "eigen", "correct"}),
         ("tasks/report.py", set(STAGES) - {"report"}),
-        ("tasks/tracking.py", set(STAGES) - {"validate"}),
+        ("tasks/tracking.py", set(STAGES) - {"validate", "report"}),
         ("flows/pipeline.py", set(STAGES)),
         ("flows/stage.py", set(STAGES)),
     ],
@@ -95,8 +109,9 @@ def test_a_change_of_damping_refits_nothing(root):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_that_is_active_has_all_stages_with_its_inputs(root, run):
-    paths = load_active(root)[run]
-    inputs = {"train": paths.model, "tokenize": paths.corpus, "query": paths.queries}
+    active = load_active(root)
+    fit, queries = active.fits[run], active.runs[run].queries
+    inputs = {"train": fit.model, "tokenize": fit.corpus, "query": queries}
     for stage in STAGES:
         deps, outs = dvcstage.tracked_paths(root, stage, run)
         assert all(out.startswith(f"artifacts/{run}/{stage}") for out in outs)

@@ -11,16 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks import active
-from tasks.params import (
-    Architecture,
-    Checkpoint,
-    HubCheckpoint,
-    NoFilter,
-    Scratch,
-    Value,
-    load_params,
-    params_file,
-)
+from tasks.origin import Architecture, Checkpoint, HubCheckpoint, Scratch
+from tasks.params import NoFilter, Value, load_params, params_file
 
 RUNS = ("tinystories", "smoke")
 
@@ -197,7 +189,7 @@ def test_each_kind_of_a_union_is_read_by_its_key(project):
     assert params.query.damping == Value(value=1e-3)
     assert isinstance(params.filter, NoFilter)
     assert params.query.rank is None
-    assert active.run_paths(params).model == "data/tinystories"
+    assert active.fit_entry(params).model == "data/tinystories"
 
 
 def test_a_width_that_does_not_split_into_heads_is_refused(project):
@@ -219,9 +211,41 @@ def test_activate_adds_a_run_keeps_comments_and_is_idempotent(project):
     before = (project / "params/active.yaml").read_text()
     assert active.activate(project, "mine")
     after = (project / "params/active.yaml").read_text()
-    assert after.startswith(before)
+    assert after.startswith(before)  # the comments stay
     assert not active.activate(project, "mine")
-    active.check_active(project, "mine", load_params(project, "mine"))
+    assert active.check_active(project, "mine", load_params(project, "mine")) == "tinystories"
+
+
+def test_runs_that_agree_on_the_fit_share_it_and_others_do_not(project):
+    for name, path, value in (
+        ("other", "query.damping", {"ratio": 0.3}),
+        ("wider", "layers", ["all"]),
+    ):
+        shutil.copy(project / params_file("tinystories"), project / params_file(name))
+        edit(project, name, put(path, value))
+        active.activate(project, name)
+    told = active.load_active(project)
+    assert {name: entry.fit for name, entry in told.runs.items()} == {
+        "tinystories": "tinystories", "smoke": "smoke", "other": "tinystories", "wider": "wider",
+    }  # fmt: skip
+    assert active.owner(project, "factors", "other") == "tinystories"
+    assert active.owner(project, "stream", "other") == "other"
+    with pytest.raises(ValueError, match="other uses the fit of 'tinystories'"):
+        active.deactivate(project, "tinystories")
+
+    edit(project, "tinystories", put("factors.sequences", 64))
+    other = load_params(project, "other")
+    with pytest.raises(ValueError, match=r"runs.other.fit.*differ in factors.*activate other"):
+        active.check_active(project, "other", other)
+    active.activate(project, "tinystories")
+    assert active.activate(project, "other")
+    assert active.check_active(project, "other", other) == "other"
+
+    assert active.deactivate(project, "other")
+    assert not active.deactivate(project, "other")
+    told = active.load_active(project)
+    assert set(told.fits) == {"tinystories", "smoke", "wider"}
+    assert set(told.runs) == {"tinystories", "smoke", "wider"}
 
 
 def test_active_that_disagrees_with_the_params_file_is_refused(project):

@@ -1,10 +1,10 @@
 """The run `smoke` from end to end: real stages, real processes, kill -9 in the middle."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -62,21 +62,73 @@ def test_the_second_time_nothing_is_computed(finished):
     assert "didn't change" in finished.run("dvc", "repro", "report@smoke").stdout
 
 
-def test_validate_logged_one_run_with_its_provenance(finished):
+def logged_runs(checkout: Checkout) -> tuple[Any, list[Any]]:
+    """A client of the checkout's MLflow store, and its runs, the newest first."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{finished.path / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{checkout.path / 'mlflow.db'}")
     experiments = [each.experiment_id for each in client.search_experiments()]
-    (run,) = client.search_runs(experiments)
-    assert run.info.status == "FINISHED"
+    return client, client.search_runs(experiments)
+
+
+def test_validate_logged_one_run_with_its_provenance(finished):
+    client, [run] = logged_runs(finished)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "smoke ratio=0.1 rank=8")
+    tags, lock = run.data.tags, YAML().load(finished.path / "dvc.lock")["stages"]
+    corpus = "data/tinystories/first1000.jsonl.gz"
     commit = finished.run("git", "rev-parse", "HEAD").stdout.strip()
-    assert run.data.tags["git.commit"] == commit
-    assert {"run", "stage", "dvc.out.factors", "prefect.flow_run_id"} <= set(run.data.tags)
-    metrics = json.loads((finished.artifact("validate") / "metrics.json").read_text())
-    assert run.data.metrics["split_half.pearson"] == metrics["split_half"]["pearson"]
+    digests = {
+        f"dvc.out.{stage}": lock[f"{stage}@smoke"]["outs"][0]["md5"]
+        for stage in STAGES[: STAGES.index("validate")]
+    }
+    [digests[f"dvc.in.{corpus}"]] = [
+        dep["md5"] for dep in lock["tokenize@smoke"]["deps"] if dep["path"] == corpus
+    ]
+    wanted = {"run": "smoke", "stage": "validate", "git.commit": commit, "git.dirty": "false"}
+    wanted |= {"prefect.flow_run_name": "validate@smoke", **digests}
+    assert {key: tags.get(key) for key in wanted} == wanted
+    assert tags["prefect.url"].endswith(tags["prefect.flow_run_id"])
+
+    metrics = store.read_json(finished.artifact("validate") / "metrics.json")
+    found = run.data.metrics
+    assert found["split_half/pearson"] == metrics["split_half"]["pearson"]
+    assert found["baselines/bm25.spearman"] == metrics["baselines"]["bm25"]["spearman"]
+    for layer, measured in metrics["layers"].items():
+        assert found[f"split_half_by_layer/{layer}"] == measured["split_half"]
     assert run.data.params["query.damping.ratio"] == "0.1"
+
+    [used] = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == (corpus, digests[f"dvc.in.{corpus}"])
+    factors = client.get_model_version_by_alias("smoke-factors", "current")
+    assert factors.source == f"dvc://artifacts/smoke/factors?md5={digests['dvc.out.factors']}"
+    assert factors.run_id == run.info.run_id
+
+
+def test_the_report_is_in_the_run_of_what_it_reports(finished, tmp_path):
+    client, [run] = logged_runs(finished)
     folders = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert folders == {"figures", "tables"}
+    assert folders == {"figures", "tables", "report"}
+    page = client.download_artifacts(run.info.run_id, "report/index.html", str(tmp_path))
+    assert store.digest(Path(page)) == store.digest(finished.artifact("report") / "index.html")
+
+
+def test_a_store_that_is_not_there_costs_no_result_and_can_be_told_later(finished):
+    before = store.digest(finished.artifact("validate"))
+    repeat = ("dvc", "repro", "--force", "--single-item")
+    nowhere = ("env", "MLFLOW_TRACKING_URI=http://127.0.0.1:9")
+    done = finished.run(*nowhere, *repeat, "validate@smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validate@smoke: WARNING: not logged to MLflow" in done.stdout
+    command = " ".join((*repeat, "validate@smoke", "report@smoke"))
+    assert f"`{command}`" in done.stdout
+    assert store.digest(finished.artifact("validate")) == before
+    assert len(logged_runs(finished)[1]) == 1
+
+    done = finished.run(*command.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    client, [again, _] = logged_runs(finished)
+    assert {file.path for file in client.list_artifacts(again.info.run_id)} >= {"report"}
+    assert "up to date" in finished.run("dvc", "status", "report@smoke").stdout
 
 
 def test_top_prints_a_line_for_each_top_sequence(finished):
