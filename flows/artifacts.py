@@ -16,7 +16,8 @@ from prefect.artifacts import (
 from flows import environment
 from tasks import dvcstage
 from tasks.terminal import top_rows
-from tasks.workspace import STAGES, StageContext
+from tasks.tracking import logged_run
+from tasks.workspace import ARTIFACTS, STAGES, StageContext
 
 SHOWN = 5  # sequences a query and sign
 
@@ -44,6 +45,9 @@ def show_run(root: Path, run: str, states: Mapping[str, Any]) -> None:
         )
     if "score" in states:
         show_top(root, run)
+    metrics = root / ARTIFACTS / run / "validate/metrics.json"
+    if "validate" in states and (ids := logged_run(root, run, metrics)):
+        _link(run, "mlflow", environment.mlflow_url(*ids), f"{run} in MLflow")
     if "report" in states:
         _link(run, "report", environment.report_url(run), f"Report of {run}")
 

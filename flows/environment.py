@@ -65,6 +65,11 @@ def report_url(run: str) -> str:
     return f"{REPORTS_URL}/{run}/report/index.html"
 
 
+def mlflow_url(experiment: str, run: str) -> str:
+    """Where MLflow's UI shows a run."""
+    return f"{MLFLOW_URL}/#/experiments/{experiment}/runs/{run}"
+
+
 def check_server() -> None:
     """That a server answers, where one is named.
 

@@ -98,6 +98,20 @@ def attach(root: Path, run: str, metrics_file: Path, file: Path, folder: str) ->
     return _listening(root, label, f"`dvc repro --force --single-item {label}` tries again", add)
 
 
+def logged_run(root: Path, run: str, metrics_file: Path) -> tuple[str, str] | None:
+    """Ids of experiment and of the newest run that logged these metrics, for a link to it."""
+    database = _database(tracking_uri(root))
+    if database is not None and not database.exists():
+        return None
+
+    def find(client: Any) -> str | None:
+        found = _newest(client, identity(run, metrics_file))
+        return found and f"{client.get_run(found).info.experiment_id}/{found}"
+
+    found = _listening(root, f"validate@{run}", "it is only not linked", find)
+    return (found.split("/")[0], found.split("/")[1]) if found else None
+
+
 def identity(run: str, metrics_file: Path) -> dict[str, str]:
     """The tags that lead from an artefact to its MLflow run."""
     return {"run": run, DIGEST: store.digest(metrics_file)}
