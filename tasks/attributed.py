@@ -1,6 +1,6 @@
 """A run's model with its attributed layers, and batches of its sequences, in a worker thread."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,18 +64,27 @@ class PassReference:
         probe = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         return Attributed(model, share_inputs(model, layers, probe), coverage)
 
-    def batches(self, rows: Sequence[int]) -> Iterator[TokenBatch]:
-        """The sequences of these rows on the device, longest first, within the token budget."""
-        for batch, _ in self.batches_with_rows(rows):
+    def batches(
+        self, rows: Sequence[int], tick: Callable[[int], None] | None = None
+    ) -> Iterator[TokenBatch]:
+        """The sequences of these rows on the device, longest first, within the token budget.
+
+        `tick` is told of each batch's sequences when the next batch is asked for.
+        """
+        for batch, _ in self.batches_with_rows(rows, tick):
             yield batch
 
-    def batches_with_rows(self, rows: Sequence[int]) -> Iterator[tuple[TokenBatch, list[int]]]:
+    def batches_with_rows(
+        self, rows: Sequence[int], tick: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[TokenBatch, list[int]]]:
         """Each batch with the rows that it holds, in its order."""
         tokens = TokenStore.open(self.tokenize)
         lengths = [tokens.lengths[row] for row in rows]
         for group in batches_by_tokens(lengths, self.tokens_per_batch):
             chosen = [rows[place] for place in group]
             yield tokens.batch(chosen).to(self.device), chosen
+            if tick is not None:
+                tick(len(chosen))
 
     def sequence_name(self, key: int) -> str:
         """The sequence with this key, as people know it."""

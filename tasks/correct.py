@@ -25,7 +25,7 @@ def run(context: StageContext) -> None:
 def correct_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Sums of one shard's sequences."""
     reference = PassReference.of(context)
-    batches = reference.batches(shard.items)
+    batches = reference.batches(shard.items, shard.tick)
     seed = context.params.correct.seed
     with reference.passes() as attributed:
         bases = read_bases(

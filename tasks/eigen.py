@@ -14,7 +14,7 @@ def run(context: StageContext) -> None:
     """Decompose every factor; one file, eigenvectors in columns."""
     factors = context.artifact("factors") / "factors.safetensors"
     shards = shards_of(spread(factors, context.params.runtime.shards))
-    parts = map_shards(context, decompose_shard, shards)
+    parts = map_shards(context, decompose_shard, shards, items="factors")
     merged = {name: tensor for part in parts for name, tensor in store.read_tensors(part).items()}
     store.write_tensors(context.out / "eigen.safetensors", merged)
 
@@ -23,7 +23,7 @@ def decompose_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Decompose some of the factors, one in memory at a time."""
     factors = context.artifact("factors") / "factors.safetensors"
     names = covariance_names(factors)
-    chosen = [names[item] for item in shard.items]
+    chosen = (names[item] for item in shard.counted())
     write_eigens(
         path, {name: eigendecompose(read_covariance(factors, name).value, name) for name in chosen}
     )

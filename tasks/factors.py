@@ -40,7 +40,7 @@ def run(context: StageContext) -> None:
 def fit_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Sums of one shard's sequences."""
     reference = PassReference.of(context)
-    batches = reference.batches(shard.items)
+    batches = reference.batches(shard.items, shard.tick)
     seed = context.params.factors.seed
     with reference.passes() as attributed:
         factors = fit_factors(attributed.model, attributed.layers, batches, seed)

@@ -108,7 +108,7 @@ def sequence_terms(context: StageContext, terms: Sequence[Term]) -> Callable[[in
 def count_shard(context: StageContext, shard: ShardRef, path: Path, terms: list[Term]) -> None:
     """In how many of the shard's sequences each term of the queries occurs."""
     held = sequence_terms(context, terms)
-    frequency = DocumentFrequency.of(map(held, shard.items), len(terms) + 1)
+    frequency = DocumentFrequency.of(map(held, shard.counted()), len(terms) + 1)
     store.write_tensors(
         path,
         {
@@ -152,6 +152,7 @@ def score_shard(
         rows = shard.items[start : start + _ROWS_AT_ONCE]
         table = presence([held(row) for row in rows], len(weights))
         blocks.append(torch.stack([tfidf_scores(query, table, weights) for query in renumbered]))
+        shard.tick(len(rows))
     store.write_tensors(path, {"scores": torch.cat(blocks, dim=1)})
 
 

@@ -60,7 +60,7 @@ class Halves:
 
 def split_half(context: StageContext) -> Halves:
     """Fit on two halves of the data, and score a sample of the candidates with either."""
-    parts = map_shards(context, half_shard, split(2, 2), name="half")
+    parts = map_shards(context, half_shard, split(2, 2), name="half", items="halves")
     first, second = (store.read_tensor(part, "scores") for part in parts)
     return Halves(tuple(store.read_metadata(parts[0])["layers"]), first, second)
 

@@ -19,6 +19,10 @@ from tasks.yamlfile import read_yaml
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 ACTIVE = Path("params/active.yaml")
 MAX_SHARDS = 50  # more task runs a stage make Prefect's sqlite database stall
+ADDRESSES = {  # of a cluster's scheduler, by runner: pattern, and in words
+    "dask": (r"(tcp|tls)://[^/\s]+:\d+", "tcp://host:8786"),
+    "ray": (r"(ray://)?[^/:\s]+:\d+", "ray://host:10001 or host:6379"),
+}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -133,10 +137,46 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     runner: Literal["threads", "dask", "ray"]
-    workers: Count
+    address: Text | None = Field(description="of a running cluster; null: workers here")
+    workers: Count = Field(description="shards at work at once on a machine")
+    gpus_per_task: float = Field(ge=0, description="GPUs that Ray gives to a shard; may be 0.5")
     tokens_per_batch: Count
     shards: int = Field(ge=1, le=MAX_SHARDS, description="parts of a stage's work")
     dtype: Literal["float32", "float64", "bfloat16"]
+
+    @model_validator(mode="after")
+    def _runner_can_do_it(self) -> "Runtime":
+        if self.address is not None:
+            self._check_address(self.address)
+        if self.gpus_per_task and self.runner != "ray":
+            raise ValueError(
+                f"gpus_per_task {self.gpus_per_task:g} is for Ray, and runner is {self.runner}; "
+                "set it to 0, or runner to ray"
+            )
+        if self.gpus_per_task > 1 and self.gpus_per_task % 1:
+            raise ValueError(
+                f"gpus_per_task {self.gpus_per_task:g}: above 1, Ray gives whole GPUs only"
+            )
+        if self.runner == "ray" and self.device != ("cuda" if self.gpus_per_task else "cpu"):
+            raise ValueError(
+                f"with runner ray, device {self.device} and gpus_per_task {self.gpus_per_task:g} "
+                "do not go together; write cpu and 0, or cuda and the GPUs of a shard"
+            )
+        return self
+
+    def _check_address(self, address: str) -> None:
+        wanted = ADDRESSES.get(self.runner)
+        if wanted is None:
+            raise ValueError(
+                f"address {address!r} is for dask and ray, and runner is {self.runner}; "
+                "set it to null, or name the runner"
+            )
+        if not re.fullmatch(wanted[0], address):
+            raise ValueError(f"address {address!r}: wanted {wanted[1]} for runner {self.runner}")
+        if self.device == "auto":
+            raise ValueError(
+                "device auto may be another on each machine of a cluster; write cpu or cuda"
+            )
 
 
 class RunParams(Section):

@@ -1,16 +1,22 @@
-"""A line as each shard ends: done of all, items a second, time left."""
+"""How far a map of shards is: items done of all, items a second, time left."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
+QUIET = 10.0  # seconds after which a line is told though no shard has ended
+
 
 def say(line: str) -> None:
-    """To the terminal, at once: standard output is a pipe under DVC."""
-    print(line, flush=True)
+    """To the terminal, at once and in one piece: standard output is a pipe under DVC."""
+    print(f"{line}\n", end="", flush=True)
 
 
 class Progress:
-    """Counts shards as they end; those found finished do not count for the speed."""
+    """Counts items as shards tick and end; those found finished do not count for the speed.
+
+    Any thread may tick. A line is told as each shard ends, and by `tell_if_quiet`.
+    """
 
     def __init__(
         self,
@@ -18,36 +24,69 @@ class Progress:
         sizes: Sequence[int],
         tell: Callable[[str], None] = say,
         clock: Callable[[], float] = time.monotonic,
+        items: str = "items",
     ) -> None:
-        """`sizes`: items in each shard. `tell`: what to do with a line."""
-        self._label, self._sizes, self._tell, self._clock = label, sizes, tell, clock
-        self._started = clock()
-        self._shards = self._items = self._computed = 0
+        """`sizes`: items in each shard. `tell`: what to do with a line. `items`: what they are."""
+        self._label, self._sizes, self._items = label, sizes, items
+        self._tell, self._clock = tell, clock
+        self._started = self._told = clock()
+        self._told_items = 0
+        self._lock = threading.Lock()
+        self._ended = set[int]()
+        self._cached = 0  # items
+        self._ticked = [0] * len(sizes)  # items, by shard
+
+    def tick(self, index: int, num_items: int) -> None:
+        """Tell that a shard is so many items further; one that starts again counts up again."""
+        with self._lock:
+            self._ticked[index] = min(self._ticked[index] + num_items, self._sizes[index])
 
     def shard_done(self, index: int, cached: bool) -> None:
         """Tell that a shard ended; `cached`: its file was there already."""
-        size = self._sizes[index]
-        self._shards += 1
-        self._items += size
-        self._computed += 0 if cached else size
-        self._tell(self._line(index, cached))
+        with self._lock:
+            self._ended.add(index)
+            self._ticked[index] = self._sizes[index]
+            self._cached += self._sizes[index] if cached else 0
+            self._told, self._told_items = self._clock(), sum(self._ticked)
+            what = f"shard {index + 1} was there already" if cached else ""
+            line = self._line(self._told, what)
+        self._tell(line)
 
-    def _line(self, index: int, cached: bool) -> str:
-        total = sum(self._sizes)
-        seconds = max(self._clock() - self._started, 1e-9)
-        line = (
-            f"{self._label}: {self._shards} of {len(self._sizes)} shards, "
-            f"{self._items} of {total} items"
-        )
-        if cached:
-            return f"{line}; shard {index + 1} was there already"
-        rate = self._computed / seconds
-        left = (total - self._items) / rate if rate else 0.0
-        return f"{line}, {_rate(rate)}, {duration(left)} left"
+    def tell_if_quiet(self) -> None:
+        """A line if items were done, but none was told for `QUIET` seconds."""
+        now = self._clock()
+        with self._lock:
+            if now - self._told < QUIET or sum(self._ticked) == self._told_items:
+                return
+            self._told, self._told_items = now, sum(self._ticked)
+            line = self._line(now)
+        self._tell(line)
+
+    def standing(self) -> tuple[int, float, str]:
+        """Items done, the same in percent, and the whole as a phrase for a progress bar."""
+        with self._lock:
+            done, phrase = sum(self._ticked), self._phrase(self._clock())
+        return done, 100 * done / sum(self._sizes), phrase
+
+    def _line(self, now: float, what: str = "") -> str:
+        shards = f"{self._label}: {len(self._ended)} of {len(self._sizes)} shards"
+        return f"{shards}, {self._done()}; {what}" if what else f"{shards}, {self._phrase(now)}"
+
+    def _phrase(self, now: float) -> str:
+        done, total = sum(self._ticked), sum(self._sizes)
+        rate = (done - self._cached) / max(now - self._started, 1e-9)
+        if not rate:
+            return self._done()
+        left = duration((total - done) / rate)
+        return f"{self._done()}, {_short(rate)} {self._items}/s, {left} left"
+
+    def _done(self) -> str:
+        return f"{sum(self._ticked)} of {sum(self._sizes)} {self._items}"
 
 
-def _rate(rate: float) -> str:
-    return f"{rate:.0f} items/s" if rate >= 10 else f"{rate:.2g} items/s"
+def _short(rate: float) -> str:
+    """Three digits that count: `0.0312`, `35.2`, `1204`."""
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def duration(seconds: float) -> str:

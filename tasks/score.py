@@ -71,7 +71,8 @@ def rescore_all(
     num_training_sequences: int,
 ) -> list[Path]:
     """Full-rank scores of all rows wanted, and grids of all pairs; a file a shard of rows."""
-    [full_rank] = map_shards(context, full_rank_shard, split(1, 1), name="full-rank")
+    whole = split(1, 1)
+    [full_rank] = map_shards(context, full_rank_shard, whole, name="full-rank", items="query sets")
     tokens = TokenStore.open(context.artifact("tokenize"))
     rows = sorted({pair.row for pair in pairs} | set(controls))
     return map_shards(
@@ -115,7 +116,7 @@ def rescore_shard(
         queries_of.setdefault(row, []).append(query)
     tensors: dict[str, Tensor] = {}
     lengths = TokenStore.open(reference.tokenize).lengths
-    for batch, chosen in reference.batches_with_rows(shard.items):
+    for batch, chosen in reference.batches_with_rows(shard.items, shard.tick):
         wanted = [(q, n) for n, row in enumerate(chosen) for q in queries_of.get(row, ())]
         result = rescore(
             attributed.model,

@@ -7,38 +7,52 @@ has that digest: what a killed stage had finished is not computed again, and not
 half-written is ever taken.
 """
 
-import errno
+import dataclasses
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks import store
-from tasks.params import MAX_SHARDS, Runtime
+from tasks import runners, shardtasks, store, workers
+from tasks.params import MAX_SHARDS
 from tasks.progress import Progress, say
+from tasks.progressbar import kept_bar
+from tasks.runners import task_runner as task_runner
 from tasks.workspace import StageContext
 
-RETRY_DELAYS = [1.0, 5.0]
-TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.EBUSY}
+
+def _unheard(_num_items: int) -> None:
+    """A tick that nobody counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRef:
-    """Which part of the work: `items` are positions in an order that the stage defines."""
+    """Which part of the work: `items` are positions in an order that the stage defines.
+
+    `tick` is told how many more of them are done; where they are counted in another process, or
+    not at all, nobody hears it.
+    """
 
     index: int
     total: int
     items: Sequence[int]
+    tick: Callable[[int], None] = field(default=_unheard, compare=False, repr=False)
 
     @property
     def num_items(self) -> int:
         """How much work, in items."""
         return len(self.items)
+
+    def counted(self) -> Iterator[int]:
+        """The items, each of which counts as done when the next is asked for."""
+        for item in self.items:
+            yield item
+            self.tick(1)
 
 
 Compute = Callable[..., None]
@@ -66,6 +80,7 @@ def map_shards(
     *,
     name: str = "shard",
     suffix: str = ".safetensors",
+    items: str = "sequences",
     **values: Any,
 ) -> list[Path]:
     """The files of all shards, in order; computed where they are not there yet.
@@ -79,6 +94,7 @@ def map_shards(
         shards: at most 50 (more task runs stall Prefect's sqlite database).
         name: what the files are called; another for each map of a stage.
         suffix: of the files.
+        items: what is counted, in the plural.
         values: plain JSON values handed to `compute`; part of the cache key.
 
     Raises:
@@ -89,18 +105,35 @@ def map_shards(
             f"{len(shards)} shards named {name!r}: Prefect's database stalls above {MAX_SHARDS} "
             "task runs a stage; put more items into each (`split`)"
         )
-    jobs = [Job(context, compute, shard, name, suffix, values) for shard in shards]
+    runtime, in_flow = context.params.runtime, shardtasks.inside_flow()
     sizes = [shard.num_items for shard in shards]
-    if _inside_flow():
-        _run_tasks(jobs, Progress(f"{context.stage} {name}", sizes, _tell_flow))
+    tell = shardtasks.tell_flow if in_flow else say
+    progress = Progress(f"{context.stage} {name}", sizes, tell, items=items)
+    if runtime.runner == "threads" or not in_flow:
+        shards = [dataclasses.replace(s, tick=partial(progress.tick, s.index)) for s in shards]
+    cores, software = runners.cores_of_shard(runtime), runners.software()
+    of_all = (name, suffix, values, cores, software)
+    jobs = [Job(context, compute, shard, *of_all) for shard in shards]
+    if in_flow:
+        with workers.ready_workers(runtime), kept_bar(progress, bar_key(context)):
+            shardtasks.run_tasks(jobs, progress)
     else:
-        _run_threads(jobs, Progress(f"{context.stage} {name}", sizes))
+        _run_threads(jobs, progress)
     return [job.path for job in jobs]
+
+
+def bar_key(context: StageContext) -> str:
+    """Under which key Prefect's UI keeps the bars of a stage."""
+    return f"{context.run}-{context.stage}".replace("_", "-")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One shard with what to do about it: all that a worker needs."""
+    """One shard with what to do about it: all that a worker needs.
+
+    `cores` and `software` are those of the stage's own process: a worker that computed on another
+    number of cores, or with another torch, would round otherwise.
+    """
 
     context: StageContext
     compute: Compute
@@ -108,6 +141,8 @@ class Job:
     name: str
     suffix: str
     values: dict[str, Any]
+    cores: int
+    software: str
 
     @property
     def file(self) -> str:
@@ -129,8 +164,18 @@ class Job:
         return hashlib.sha256("\n".join((*parts, items)).encode()).hexdigest()
 
     def run(self) -> dict[str, str]:
-        """Compute the file; its name and digest."""
-        limit_torch_threads(self.context.params.runtime.workers)
+        """Compute the file; its name and digest.
+
+        Raises:
+            ValueError: if this process runs other software than the stage, or from `compute`.
+        """
+        if runners.software() != self.software:
+            raise ValueError(
+                f"a worker runs {runners.software()}, but the stage {self.software}; give all "
+                "machines the same checkout in the same place, and the same packages "
+                "(docs/scale-out.md)"
+            )
+        limit_torch_threads(self.cores)
         self.compute(self.context, self.shard, self.path, **self.values)
         assert self.path.is_file(), f"{self.compute.__qualname__} did not write {self.path}"
         return {"file": self.file, "digest": store.digest(self.path)}
@@ -142,56 +187,14 @@ class Job:
         return store.digest(self.path) == result["digest"]
 
 
-def limit_torch_threads(workers: int) -> None:
-    """This thread's share of the cores, so that `workers` threads do not fight over them.
+def limit_torch_threads(cores: int) -> None:
+    """This thread's share of the cores, so that the workers do not fight over them.
 
     The number also fixes the order in which torch adds up: equal runs give equal bits.
     """
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_num_threads(max(1, num_cores() // workers))
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def is_transient(error: Any) -> bool:
-    """Whether trying again may help: a network file system's hiccup, not a full disk."""
-    return isinstance(error, OSError) and error.errno in TRANSIENT
-
-
-def task_runner(runtime: Runtime) -> Any:
-    """The Prefect task runner of `runtime.runner`; results are the same with each.
-
-    Raises:
-        ValueError: for a runner that is not built in yet.
-    """
-    from prefect.task_runners import ThreadPoolTaskRunner
-
-    if runtime.runner == "threads":
-        return ThreadPoolTaskRunner(max_workers=runtime.workers)
-    raise ValueError(
-        f"`runtime.runner`: given {runtime.runner!r}, which is not supported yet; set it to threads"
-    )
-
-
-def _inside_flow() -> bool:
-    if "prefect" not in sys.modules:
-        return False
-    from prefect.context import FlowRunContext
-
-    return FlowRunContext.get() is not None
-
-
-def _tell_flow(line: str) -> None:
-    """To the terminal and to the flow run's log."""
-    from prefect import get_run_logger
-
-    say(line)
-    get_run_logger().info(line)
+        torch.set_num_threads(cores)
 
 
 def _run_threads(jobs: Sequence[Job], progress: Progress) -> None:
@@ -200,51 +203,3 @@ def _run_threads(jobs: Sequence[Job], progress: Progress) -> None:
         for future in as_completed(indices):
             future.result()
             progress.shard_done(indices[future], cached=False)
-
-
-def _run_tasks(jobs: Sequence[Job], progress: Progress) -> None:
-    """Submit all, tell of each as it ends, and check what is remembered against its file."""
-    from prefect.futures import as_completed as as_tasks_complete
-
-    tasks = {_submit(job, refresh=not job.path.is_file()): i for i, job in enumerate(jobs)}
-    for future in as_tasks_complete(list(tasks)):
-        index, result = tasks[future], future.result()
-        cached = future.state.name == "Cached"
-        if cached and not jobs[index].holds(result):
-            cached = False
-            _submit(jobs[index], refresh=True).result()
-        progress.shard_done(index, cached)
-
-
-def _submit(job: Job, *, refresh: bool) -> Any:
-    """The future of a Prefect task that computes one shard, or finds it computed."""
-    from prefect import task
-    from prefect.utilities.annotations import opaque
-
-    shard_task = task(
-        name=f"{job.context.stage} {job.name}",
-        task_run_name=f"{job.name} {job.shard.index + 1} of {job.shard.total}",
-        cache_key_fn=lambda _context, inputs: inputs["job"].cache_key,
-        persist_result=True,
-        result_serializer="json",
-        refresh_cache=refresh,
-        retries=len(RETRY_DELAYS),
-        retry_delay_seconds=RETRY_DELAYS,
-        retry_condition_fn=_may_retry,
-    )(_run_job)
-    told: Any = opaque(job)  # not searched for futures; arrives as the job itself
-    return shard_task.submit(told)
-
-
-def _run_job(job: Job) -> Any:
-    """`job.run()`; the caller's own errors end the task without a traceback in the log."""
-    from prefect.states import Failed
-
-    try:
-        return job.run()
-    except ValueError as error:
-        return Failed(message=str(error), data=error)
-
-
-def _may_retry(_task: Any, _run: Any, state: Any) -> bool:
-    return is_transient(state.data)

@@ -45,7 +45,7 @@ def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     seen: list[int] = []
 
     def batches() -> Iterator[TokenBatch]:
-        for batch, chosen in reference.batches_with_rows(shard.items):
+        for batch, chosen in reference.batches_with_rows(shard.items, shard.tick):
             seen.extend(chosen)
             yield batch
 

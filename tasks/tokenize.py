@@ -41,6 +41,7 @@ def run(context: StageContext) -> None:
         tokenize_shard,
         split(num_documents, params.runtime.shards),
         suffix=".parquet",
+        items="documents",
     )
     names, metadata, tokens = _read_parts(parts)
     windows = cut_windows(names, tokens, params.tokenize.mode, params.tokenize.context)
@@ -94,6 +95,7 @@ def tokenize_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
         names += [document.id for document in group]
         metadata += [json.dumps(document.metadata, ensure_ascii=False) for document in group]
         tokens += encode(tokenizer, group, settings.bos, settings.eos)
+        shard.tick(len(group))
     store.write_table(
         path,
         {"document": names, "metadata": metadata, "tokens": tokens},

@@ -26,7 +26,9 @@ SECTIONS: dict[str, Any] = {
     "runtime": {
         "device": "cpu",
         "runner": "threads",
+        "address": None,
         "workers": 2,
+        "gpus_per_task": 0,
         "tokens_per_batch": 256,
         "shards": 3,
         "dtype": "float32",

@@ -12,6 +12,7 @@ import pytest
 from tests.test_architecture import DOORS, PACKAGES
 
 DISTRIBUTION = {"ruamel": "ruamel-yaml"}  # where a dependency has another name than its import
+WITH_AN_EXTRA = {"distributed", "ray"}  # they come with prefect-dask and prefect-ray
 NOT_IMPORTED = {"fastapi"}  # declared only to hold a version down; pyproject.toml says why
 
 # Paths of one machine and addresses of package servers: neither belongs into a checkout.
@@ -66,15 +67,20 @@ def test_every_package_folder_is_listed(project: dict, root: Path):
 
 
 def test_dependencies_are_the_tools_with_a_door(project: dict):
-    declared = {normalised(requirement) for requirement in project["project"]["dependencies"]}
-    assert declared == {normalised(DISTRIBUTION.get(tool, tool)) for tool in DOORS} | NOT_IMPORTED
+    extras = project["project"]["optional-dependencies"]
+    requirements = [*project["project"]["dependencies"], *extras["dask"], *extras["ray"]]
+    declared = {normalised(requirement) for requirement in requirements}
+    doors = {normalised(DISTRIBUTION.get(tool, tool)) for tool in set(DOORS) - WITH_AN_EXTRA}
+    assert declared == doors | NOT_IMPORTED
 
 
 def test_every_dependency_says_why(root: Path):
     text = (root / "pyproject.toml").read_text("utf-8")
-    lists = re.findall(r"^(?:dependencies|dev) = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    lists = re.findall(
+        r"^(?:dependencies|dask|ray|dev) = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL
+    )
     lines = [line for block in lists for line in block.splitlines() if line.strip().startswith('"')]
-    assert len(lists) == 2
+    assert len(lists) == 4
     assert [line for line in lines if not re.search(r"#\s*\S{2,}", line)] == []
 
 

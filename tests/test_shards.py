@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from tasks import shards, store
+from tasks import runners, shardtasks, store
 from tasks.params import load_params
-from tasks.progress import Progress, duration
 from tasks.shards import Job, ShardRef, map_shards, shards_of, split
 from tasks.workspace import StageContext, prepare
 
@@ -83,7 +83,7 @@ def test_equal_runs_give_equal_bits(context):
 
 
 def test_workers_share_the_cores_and_leave_the_main_thread_alone(context, monkeypatch):
-    monkeypatch.setattr(shards, "num_cores", lambda: 6)
+    monkeypatch.setattr(runners, "num_cores", lambda: 6)
     mine = torch.get_num_threads()
     files = map_shards(context, name_thread, split(8, 8), suffix=".json")
     told = [store.read_json(file) for file in files]
@@ -109,7 +109,8 @@ def test_a_shard_that_writes_nothing_is_a_fault(context):
 
 def job(context: StageContext, **changes: Any) -> Job:
     values = {"compute": multiply, "shard": split(10, 2)[0], "name": "a", "suffix": ".json"}
-    return Job(context, **({**values, "values": {"scale": 1}} | changes))
+    values |= {"values": {"scale": 1}, "cores": 1, "software": runners.software()}
+    return Job(context, **(values | changes))
 
 
 def test_the_cache_key_changes_with_all_that_a_shard_depends_on(context):
@@ -140,40 +141,49 @@ def test_a_remembered_file_counts_only_while_it_has_its_content(context):
 
 
 def test_only_a_hiccup_of_the_file_system_is_tried_again():
-    assert shards.is_transient(OSError(errno.ESTALE, "stale"))
+    assert shardtasks.is_transient(OSError(errno.ESTALE, "stale"))
     for error in (
         OSError(errno.ENOSPC, "full"),
         store.StorageError(errno.EACCES, "no"),
         ValueError("mine"),
         None,
     ):
-        assert not shards.is_transient(error)
+        assert not shardtasks.is_transient(error)
 
 
-@pytest.mark.parametrize("runner", ["dask", "ray"])
-def test_a_runner_that_is_not_built_in_is_named(context, runner):
-    runtime = context.params.runtime.model_copy(update={"runner": runner})
-    with pytest.raises(ValueError, match=f"given '{runner}', which is not supported yet"):
-        shards.task_runner(runtime)
+def test_a_shard_counts_the_items_that_are_done():
+    done: list[int] = []
+    shard = ShardRef(0, 1, (7, 8, 9), done.append)
+    for seen, item in enumerate(shard.counted()):
+        assert item == shard.items[seen]
+        assert len(done) == seen
+    assert done == [1, 1, 1]
+    assert ShardRef(0, 1, (7, 8, 9)) == shard
+    assert list(ShardRef(0, 1, (7, 8)).counted()) == [7, 8]
 
 
-def test_progress_tells_done_of_all_speed_and_time_left():
-    lines: list[str] = []
-    clock = iter([0.0, 2.0, 3.0, 10.0])
-    progress = Progress("factors shard", [10, 30, 60], lines.append, lambda: next(clock))
-    progress.shard_done(1, cached=True)
-    progress.shard_done(0, cached=False)
-    progress.shard_done(2, cached=False)
-    assert lines == [
-        "factors shard: 1 of 3 shards, 30 of 100 items; shard 2 was there already",
-        "factors shard: 2 of 3 shards, 40 of 100 items, 3.3 items/s, 18 s left",
-        "factors shard: 3 of 3 shards, 100 of 100 items, 7 items/s, 0.0 s left",
-    ]
+def test_a_worker_with_other_software_is_refused_before_it_computes(context):
+    other = "Python 2.7.18, torch 0.1, transformers 0, prefect 0 and the code in /elsewhere"
+    one = job(context, software=other)
+    with pytest.raises(ValueError, match=r"a worker runs Python 3.*, but the stage Python 2\.7"):
+        one.run()
+    assert not one.path.exists()
 
 
-def test_durations_are_for_people():
-    told = [duration(seconds) for seconds in (0.04, 9.94, 48.4, 200, 7500)]
-    assert told == ["0.0 s", "9.9 s", "48 s", "3 min 20 s", "2 h 5 min"]
+def test_a_job_travels_to_another_process_unopened(context):
+    one = job(context)
+    sealed = shardtasks._Sealed(one)
+    assert sealed.job is one
+    once = pickle.loads(pickle.dumps(sealed))
+    twice = pickle.loads(pickle.dumps(once))  # a scheduler opens it and sends it on
+    assert twice.job == one
+    assert twice.job.cache_key == one.cache_key
+
+
+def test_a_file_that_never_arrives_is_named(context, monkeypatch):
+    monkeypatch.setattr(shardtasks, "ARRIVAL", 0.2)
+    with pytest.raises(ValueError, match="which is not there on this machine"):
+        shardtasks._await_file(context.work / "shard.json")
 
 
 def test_work_of_a_killed_stage_stays_and_a_half_made_out_goes(context):
