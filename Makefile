@@ -6,6 +6,9 @@ PYTHON  ?= python3
 WORKERS ?= 2
 RUN     ?= tinystories
 
+# A file's tests stay in one process: what they share is made once.
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 VENV  := .venv
 BIN   := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -46,10 +49,10 @@ repro: $(STAMP)  ## run what is out of date, for every run of params/active.yaml
 	@$(BIN)/dvc repro
 
 test: $(STAMP)  ## the tests, no network; some minutes
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not doors"
+	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not doors"
 
 test-doors: $(STAMP)  ## the longer tests of servers, workers and runners, no network either
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m doors
+	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m doors
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .

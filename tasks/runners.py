@@ -117,8 +117,7 @@ def _ray(runtime: Runtime) -> Any:
     if runtime.address is not None:
         return RayTaskRunner(runtime.address, common)
     os.environ[RAY_ON_LOOPBACK] = "0"
-    # Without a token of its own, Ray would leave one in the user's home.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_ray_token())
     return RayTaskRunner(
         "local",
         {
@@ -129,6 +128,12 @@ def _ray(runtime: Runtime) -> Any:
             "_temp_dir": _ray_folder(),
         },
     )
+
+
+@functools.cache
+def _ray_token() -> str:
+    """This process's word to its Ray, which would leave one of its own in the user's home."""
+    return secrets.token_hex(32)
 
 
 def _ray_folder() -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = ["test_pipeline.py", "test_ui_doors.py", "test_doors.py", "test_dvc_door.py"]
 
 # Before any test imports the libraries: several read these once, at import. Subprocesses
 # inherit them.
@@ -35,13 +36,13 @@ hypothesis.settings.load_profile("project")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one xdist process unless they name a group: module fixtures run once.
+    """The longest files come first: begun last, one of them would keep one process busy alone.
 
     Tests marked `gpu` are skipped, with the reason, where there is no CUDA device.
     """
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 

@@ -112,6 +112,7 @@ def test_the_report_is_in_the_run_of_what_it_reports(finished, tmp_path):
     assert store.digest(Path(page)) == store.digest(finished.artifact("report") / "index.html")
 
 
+@pytest.mark.doors
 def test_a_store_that_is_not_there_costs_no_result_and_can_be_told_later(finished):
     before = store.digest(finished.artifact("validate"))
     repeat = ("dvc", "repro", "--force", "--single-item")
