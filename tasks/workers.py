@@ -7,7 +7,7 @@ child of the stage's process. None of this is needed for threads.
 import functools
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from tasks.runners import CODE, cores_of_shard, told_environment
 
 PACKAGES = ("flows", "influence", "tasks")
 PLUGIN = "influence"
+WORKERS_WAIT = 60.0  # seconds for a worker to join a scheduler
 GUARD = 'while kill -0 "$0" 2>/dev/null; do sleep 1; done; kill -9 "$@" 2>/dev/null'
 
 
@@ -44,15 +45,36 @@ def ready_workers(runtime: Runtime) -> Iterator[None]:
 
 def _on_ray(runtime: Runtime, server: str) -> AbstractContextManager[Any]:
     """Workers that know the server; as many at once on a machine as its cores and GPUs bear."""
+    import ray  # pyright: ignore[reportMissingImports]
     from prefect_ray.context import remote_options  # pyright: ignore[reportMissingImports]
 
     if runtime.address is None:
         _end_agents_with_this_process()
+    wanted = {"CPU": cores_of_shard(runtime), "GPU": runtime.gpus_per_task}
+    check_means(wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     return remote_options(
-        num_cpus=cores_of_shard(runtime),
-        num_gpus=runtime.gpus_per_task,
+        num_cpus=wanted["CPU"],
+        num_gpus=wanted["GPU"],
         runtime_env={"env_vars": {"PREFECT_API_URL": server}},
     )
+
+
+def check_means(wanted: dict[str, float], machines: Sequence[dict[str, float]]) -> None:
+    """That some machine can take a shard: Ray would wait for one for ever, and say nothing.
+
+    Raises:
+        ValueError: with what a shard asks for and what there is.
+    """
+    if not any(all(m.get(name, 0) >= n for name, n in wanted.items()) for m in machines):
+        there = "; ".join(_told(machine, wanted) for machine in machines) or "no machine"
+        raise ValueError(
+            f"a shard asks for {_told(wanted, wanted)}, which no machine of the cluster has "
+            f"({there}); raise runtime.workers for fewer CPUs, lower runtime.gpus_per_task"
+        )
+
+
+def _told(means: dict[str, float], names: Iterable[str]) -> str:
+    return " and ".join(f"{means.get(name, 0):g} {name}s" for name in names)
 
 
 @functools.cache
@@ -83,6 +105,13 @@ def _on_dask(runtime: Runtime, server: str) -> Iterator[None]:
     context = FlowRunContext.get()
     assert context is not None, "shards are submitted inside a flow"
     client = context.task_runner.client  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        client.wait_for_workers(1, timeout=WORKERS_WAIT)
+    except TimeoutError as error:
+        raise ValueError(
+            f"no worker has joined {runtime.address} within {WORKERS_WAIT:g} s; start some "
+            f"(`dask worker {runtime.address}`, docs/scale-out.md)"
+        ) from error
     lacking = [
         worker for worker, there in client.run(os.path.isdir, str(CODE)).items() if not there
     ]
