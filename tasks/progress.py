@@ -66,7 +66,7 @@ class Progress:
         """Items done, the same in percent, and the whole as a phrase for a progress bar."""
         with self._lock:
             done, phrase = sum(self._ticked), self._phrase(self._clock())
-        return done, 100 * done / sum(self._sizes), phrase
+        return done, round(100 * done / sum(self._sizes), 1), phrase
 
     def _line(self, now: float, what: str = "") -> str:
         shards = f"{self._label}: {len(self._ended)} of {len(self._sizes)} shards"
