@@ -338,7 +338,7 @@ def dask_cluster(folder: Path) -> Iterator[list[str]]:
 
 @contextmanager
 def ray_cluster(folder: Path) -> Iterator[list[str]]:
-    """A head by Ray's own command; its address, and that for clients elsewhere."""
+    """A head by Ray's own command; its address for clients elsewhere, and for those beside it."""
     os.environ.update(CLUSTER)
     head, client = free_port(), free_port()
     ports = ("--port", str(head), "--ray-client-server-port", str(client))
@@ -349,7 +349,7 @@ def ray_cluster(folder: Path) -> Iterator[list[str]]:
     ):
         for port in (head, client):
             wait_for(lambda port=port: answers(port), 120, "Ray's head")
-        yield [f"{HERE}:{head}", f"ray://{HERE}:{client}"]
+        yield [f"ray://{HERE}:{client}", f"{HERE}:{head}"]
 
 
 def answers(port: int) -> bool:
