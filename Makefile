@@ -2,9 +2,10 @@
 #   make PYTHON=python3.12 ...    another interpreter (3.11 or newer) for .venv
 #   make WORKERS=8 test           more test processes
 
-PYTHON  ?= python3
-WORKERS ?= 2
-RUN     ?= tinystories
+PYTHON    ?= python3
+WORKERS   ?= 2
+RUN       ?= tinystories
+BENCHMARK ?=
 
 # A file's tests stay in one process: what they share is made once.
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -25,7 +26,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test test-doors gc lint format up down deploy server worker mlflow clean
+.PHONY: help setup demo repro validate test test-doors gc lint format up down deploy server worker mlflow clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ demo: $(STAMP)  ## corpus to report on the embedded model and stories; a few min
 
 repro: $(STAMP)  ## run what is out of date, for every run of params/active.yaml (dvc repro)
 	@$(BIN)/dvc repro
+
+validate: $(STAMP)  ## every active benchmark against the true response, an hour (BENCHMARK=... for one)
+	@$(BIN)/dvc repro validation/dvc.yaml$(if $(BENCHMARK),:validate@$(BENCHMARK))
+	@$(BIN)/python -m flows results
 
 test: $(STAMP)  ## the tests, no network; some minutes
 	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not doors"

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows import closure, environment, gc, services
+from flows.checks import check, file_of, stages_of
 from tasks import dvcstage
-from tasks.active import activate, check_active, check_inputs, deactivate, load_active
-from tasks.params import ACTIVE, load_params, params_file
+from tasks.active import VALIDATION, activate, deactivate, load_active
+from tasks.params import ACTIVE
 from tasks.progress import say
 from tasks.terminal import top_lines
-from tasks.workspace import STAGES, find_root
+from tasks.validation import results
+from tasks.validation.activation import activate_benchmark, deactivate_benchmark
+from tasks.validation.settings import is_benchmark
+from tasks.workspace import find_root
 
 SERVICE_NAMES = ("server", "worker", "mlflow", "reports")
 
@@ -43,18 +47,24 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     for name, call, told in (
-        ("activate", run_activate, f"let dvc.yaml have the stages of a run: write {ACTIVE}"),
-        ("deactivate", run_deactivate, f"take a run out of {ACTIVE}; its artefacts stay"),
-        ("check", run_check, "check a run's params and inputs; say what would run"),
+        (
+            "activate",
+            run_activate,
+            f"let DVC have the stages of a run or benchmark: write {ACTIVE}",
+        ),
+        ("deactivate", run_deactivate, f"take one out of {ACTIVE}; its artefacts stay"),
+        ("check", run_check, "check params and inputs of a run or benchmark; say what would run"),
         ("top", run_top, "print the top sequences of a run"),
     ):
-        command(name, call, told).add_argument("run", help="name of a run: params/RUN.yaml")
+        what = "params/NAME.yaml" if name == "top" else "params/[benchmarks/]NAME.yaml"
+        command(name, call, told).add_argument("run", metavar="NAME", help=what)
     show = commands.choices["top"]
     show.add_argument("query", nargs="?", help="only queries whose name contains this")
     show.add_argument("--limit", type=int, default=5, help="sequences of each sign")
-    deps = command("deps", run_deps, "compare the deps and params in dvc.yaml with the code")
+    deps = command("deps", run_deps, "compare deps and params in each dvc.yaml with the code")
     deps.add_argument("--write", action="store_true", help="rewrite them")
     gc.add_options(command("gc", gc.run_gc, "remove what no stage will use again"))
+    command("results", run_results, "write docs/results.md and README.md from docs/results/*.json")
     command("up", run_up, "start server, worker, MLflow and report pages, and deploy the flows")
     command("down", run_down, "end them")
     command("deploy", run_deploy, "register the deployments with the Prefect server")
@@ -63,10 +73,23 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def run_results(root: Path, given: argparse.Namespace) -> int:
+    """Write the tables of all benchmarks that have been run."""
+    for path in results.write(root):
+        say(f"{path.relative_to(root)}: written")
+    return 0
+
+
 def run_activate(root: Path, given: argparse.Namespace) -> int:
-    """Write the run's entry."""
-    changed = activate(root, given.run)
+    """Write the entry of a run or benchmark."""
+    benchmark = is_benchmark(root, given.run)
+    changed = (activate_benchmark if benchmark else activate)(root, given.run)
     say(f"{ACTIVE}: {given.run} {'written' if changed else 'was there already'}")
+    if benchmark:
+        target = f"{VALIDATION}:validate@{given.run}"
+        say(f"now: python -m flows.pipeline {given.run}   or   dvc repro {target}")
+        say("to start it from Prefect's UI: make deploy, where make up is up already")
+        return 0
     fit = load_active(root).runs[given.run].fit
     if fit != given.run:
         say(f"{given.run} uses the fit of {fit}: train, tokenize, factors, eigen and correct")
@@ -75,26 +98,26 @@ def run_activate(root: Path, given: argparse.Namespace) -> int:
 
 
 def run_deactivate(root: Path, given: argparse.Namespace) -> int:
-    """Remove the run's entry."""
-    changed = deactivate(root, given.run)
+    """Remove the entry of a run or benchmark."""
+    known = given.run in load_active(root).benchmarks
+    changed = (deactivate_benchmark if known else deactivate)(root, given.run)
     say(f"{ACTIVE}: {given.run} {'taken out' if changed else 'was not there'}")
     return 0
 
 
 def run_check(root: Path, given: argparse.Namespace) -> int:
     """Check the input and tell the state of each stage."""
-    params = load_params(root, given.run)
-    check_active(root, given.run, params)
-    check_inputs(root, given.run, params)
-    say(f"{params_file(given.run)}: in order")
+    check(root, given.run)
+    say(f"{file_of(root, given.run)}: in order")
     running: set[str] = set()
-    for stage in STAGES:
+    stages = stages_of(root, given.run)
+    for stage in stages:
         reasons = dvcstage.pending(root, stage, given.run)
         behind = running.intersection(dvcstage.upstream(root, stage, given.run))
         if reasons:
             say(f"{stage:<9} would run: {reasons[0]}{', …' if len(reasons) > 1 else ''}")
         elif behind:
-            say(f"{stage:<9} runs if {', '.join(s for s in STAGES if s in behind)} changed")
+            say(f"{stage:<9} runs if {', '.join(s for s in stages if s in behind)} changed")
         else:
             say(f"{stage:<9} is up to date")
         if reasons or behind:
@@ -109,9 +132,9 @@ def run_deps(root: Path, given: argparse.Namespace) -> int:
         say(f"{stage}: {faults}")
     if given.write and stale:
         closure.write_deps(root)
-        say("dvc.yaml: written")
+        say("written")
     elif not stale:
-        say("dvc.yaml: deps and params are what the code needs")
+        say("deps and params are what the code needs")
     return 1 if stale and not given.write else 0
 
 

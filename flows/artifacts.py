@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import get_run_logger
 from prefect.artifacts import (
+    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_table_artifact,
@@ -17,7 +18,9 @@ from flows import environment
 from tasks import dvcstage
 from tasks.terminal import top_rows
 from tasks.tracking import logged_run
-from tasks.workspace import ARTIFACTS, STAGES, StageContext
+from tasks.validation.context import FIGURES, result_file
+from tasks.validation.settings import is_benchmark
+from tasks.workspace import ARTIFACTS, STAGES, Context
 
 SHOWN = 5  # sequences a query and sign
 
@@ -45,17 +48,20 @@ def show_run(root: Path, run: str, states: Mapping[str, Any]) -> None:
         )
     if "score" in states:
         show_top(root, run)
-    metrics = root / ARTIFACTS / run / "validate/metrics.json"
-    if "validate" in states and (ids := logged_run(root, run, metrics)):
+    benchmark = is_benchmark(root, run)
+    if benchmark:
+        _show_figures(run)
+    numbers = result_file(run) if benchmark else ARTIFACTS / run / "validate/metrics.json"
+    if "validate" in states and (ids := logged_run(root, run, root / numbers)):
         _link(run, "mlflow", environment.mlflow_url(*ids), f"{run} in MLflow")
     if "report" in states:
         _link(run, "report", environment.report_url(run), f"Report of {run}")
 
 
-def show_stage(context: StageContext) -> None:
+def show_stage(context: Context) -> None:
     """The files that a stage wrote; after `score` also what they say."""
-    folder = context.published
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in context.published.rglob("*") if file.is_file())
+    files += sorted(context.elsewhere.values())
     rows = [
         f"| `{file.relative_to(context.root)}` | {size(file.stat().st_size)} |" for file in files
     ]
@@ -77,6 +83,17 @@ def show_top(root: Path, run: str) -> None:
             key=_key(run, "top"),
             description=f"Top sequences of {run}: nats of log p(completion | prompt) per copy",
         )
+
+
+def _show_figures(run: str) -> None:
+    for name in FIGURES:
+        what = Path(name).stem
+        with only_shown():
+            create_image_artifact(
+                environment.figure_url(run, name),
+                key=_key(run, what),
+                description=f"{what.capitalize()} of {run}",
+            )
 
 
 def _link(run: str, what: str, url: str, text: str) -> None:

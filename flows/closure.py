@@ -1,21 +1,74 @@
-"""What `dvc.yaml` must say of a stage: the files that are its code, and the params that it reads.
+"""What each `dvc.yaml` must say of a stage: the files that are its code, the params that it reads.
 
-The closure follows every import statement, also those inside functions, from `tasks/<stage>.py`.
+The closure follows every import statement, also those inside functions, from `tasks/<stage>.py`;
+from `tasks/benchmark.py` for the one stage of benchmarks.
 """
 
 import ast
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks import store
+from tasks.active import PIPELINE, VALIDATION
 from tasks.params import RunParams
+from tasks.validation.settings import BenchmarkParams, benchmark_file
 from tasks.workspace import STAGES
 from tasks.yamlfile import read_editable, yaml_text
 
 PACKAGES = ("influence", "tasks", "flows")
-PIPELINE = Path("dvc.yaml")
+PIPELINES = (PIPELINE, VALIDATION)
 PARAMS_FILE = "params/${key}.yaml"
+BENCHMARK_PARAMS_FILE = benchmark_file("${key}").as_posix()
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A stage of a `dvc.yaml`: what it says there, and what the code needs.
+
+    Attributes:
+        name: of the stage, as DVC is told.
+        body: the entry in the file, which may be changed.
+        params_file: whose keys it tracks.
+        code: the modules that it should name.
+        keys: the keys that it should track.
+    """
+
+    name: str
+    body: Any
+    params_file: str
+    code: list[str]
+    keys: set[str]
+
+    def faults(self) -> list[str]:
+        """Where the file is behind the code."""
+        told = {dep for dep in self.body["deps"] if is_code(dep)}
+        told |= set(_tracked(self.body, self.params_file))
+        wanted = {*self.code, *self.keys}
+        lacks = [f"lacks {each}" for each in sorted(wanted - told)]
+        return lacks + [f"has {each} too much" for each in sorted(told - wanted)]
+
+    def mend(self) -> None:
+        """Rewrite the code and the keys; the other deps stay."""
+        others = [dep for dep in self.body["deps"] if not is_code(dep)]
+        self.body["deps"][:] = [*self.code, *others]
+        self.body.pop("params", None)
+        if self.keys:
+            tracked = [{self.params_file: sorted(self.keys)}]
+            self.body.insert(list(self.body).index("deps") + 1, "params", tracked)
+
+
+def declared(root: Path, path: Path, content: Any) -> Iterator[Declared]:
+    """The stages of one `dvc.yaml`, from its content."""
+    bodies = {name: entry.get("do", entry) for name, entry in content["stages"].items()}
+    if path == VALIDATION:
+        code, keys = code_of_stage(root, "benchmark"), params_of_benchmark()
+        yield Declared(f"{path}:validate", bodies["validate"], BENCHMARK_PARAMS_FILE, code, keys)
+        return
+    for stage in STAGES:
+        code, keys = code_of_stage(root, stage), params_of_stage(root, stage)
+        yield Declared(stage, bodies[stage], PARAMS_FILE, code, keys)
 
 
 def code_of_stage(root: Path, stage: str) -> list[str]:
@@ -64,36 +117,31 @@ def _beside(root: Path, folder: Path) -> Iterator[Path]:
 
 
 def stale_deps(root: Path) -> dict[str, str]:
-    """Stages whose deps or params in `dvc.yaml` are not what their code needs, and how."""
-    stages = read_editable(root / PIPELINE)["stages"]
-    stale = {}
-    for stage in STAGES:
-        body = _body(stages[stage])
-        told = {dep for dep in body["deps"] if is_code(dep)} | set(_tracked(body))
-        wanted = {*code_of_stage(root, stage), *params_of_stage(root, stage)}
-        faults = [f"lacks {each}" for each in sorted(wanted - told)]
-        faults += [f"has {each} too much" for each in sorted(told - wanted)]
-        if faults:
-            stale[stage] = ", ".join(faults)
-    return stale
+    """Stages whose deps or params in their `dvc.yaml` are not what their code needs, and how."""
+    return {
+        stage.name: ", ".join(faults)
+        for path in PIPELINES
+        for stage in declared(root, path, read_editable(root / path))
+        if (faults := stage.faults())
+    }
 
 
 def write_deps(root: Path) -> None:
-    """Rewrite the code and the params among each stage's deps in `dvc.yaml`; the rest stays."""
-    content = read_editable(root / PIPELINE)
-    for stage in STAGES:
-        body = _body(content["stages"][stage])
-        others = [dep for dep in body["deps"] if not is_code(dep)]
-        body["deps"][:] = [*code_of_stage(root, stage), *others]
-        keys = sorted(params_of_stage(root, stage))
-        body.pop("params", None)
-        if keys:
-            body.insert(list(body).index("deps") + 1, "params", [{PARAMS_FILE: keys}])
-    store.write_text(root / PIPELINE, yaml_text(content))
+    """Rewrite the code and the params among each stage's deps in each `dvc.yaml`."""
+    for path in PIPELINES:
+        content = read_editable(root / path)
+        for stage in declared(root, path, content):
+            stage.mend()
+        store.write_text(root / path, yaml_text(content))
 
 
-def _tracked(body: Any) -> list[str]:
-    return [key for entry in body.get("params", []) for key in entry[PARAMS_FILE]]
+def _tracked(body: Any, params_file: str = PARAMS_FILE) -> list[str]:
+    return [key for entry in body.get("params", []) for key in entry[params_file]]
+
+
+def params_of_benchmark() -> set[str]:
+    """Keys of a benchmark's params file: all but `runtime`, for its result shows them all."""
+    return set(BenchmarkParams.model_fields) - {"runtime"}
 
 
 def params_of_stage(root: Path, stage: str) -> set[str]:
@@ -135,7 +183,3 @@ def _keys_after_params(node: ast.AST) -> list[str]:
 def is_code(dep: str) -> bool:
     """Whether a dep is a file of the project's packages."""
     return dep.split("/")[0] in PACKAGES
-
-
-def _body(stage: Any) -> Any:
-    return stage.get("do", stage)

@@ -1,19 +1,22 @@
 """The deployments: what a person can start from Prefect's UI."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 from pydantic.fields import FieldInfo
 
 from flows import doors
 from flows.limits import make_limit
+from tasks.active import load_active
 from tasks.params import run_names
+from tasks.validation.settings import load_benchmark
 
 POOL = "local"
 TAGS = ["influence"]
@@ -21,10 +24,23 @@ TAGS = ["influence"]
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """A flow with what its deployment says beyond the flow's own docstring and form."""
+    """A deployment: a flow with what it says beyond the flow's own form.
+
+    Attributes:
+        flow: what it starts.
+        name: of the deployment.
+        description: Markdown.
+        tags: beside those that all have.
+        runs: the names that its form offers.
+        preset: what its form is filled in with.
+    """
 
     flow: Flow[Any, Any]
+    name: str
+    description: str
     tags: tuple[str, ...]
+    runs: list[str]
+    preset: dict[str, Any] = field(default_factory=dict)
 
     @property
     def entrypoint(self) -> str:
@@ -32,30 +48,52 @@ class Door:
         return f"{doors.__name__}.{self.flow.fn.__name__}"
 
 
-DOORS = (
-    Door(doors.pipeline, ("fit", "score", "report")),
-    Door(doors.validate, ("validation", "mlflow")),
-    Door(doors.queries, ("score", "report", "no-refit")),
+RUN_DOORS = (
+    (doors.pipeline, ("fit", "score", "report")),
+    (doors.validate, ("validation", "mlflow")),
+    (doors.queries, ("score", "report", "no-refit")),
 )
+
+
+def doors_of(root: Path) -> list[Door]:
+    """Those of runs, and one for each active benchmark: `validate-concrete`."""
+    runs = run_names(root)
+    of_runs = [
+        Door(flow, flow.name, flow.description or "", tags, runs) for flow, tags in RUN_DOORS
+    ]
+    return of_runs + [
+        Door(
+            doors.benchmark,
+            f"validate-{name}",
+            f"**{load_benchmark(root, name).title}.** {doors.benchmark.description}",
+            ("benchmark", "validation", "mlflow"),
+            [name],
+            {"run": name},
+        )
+        for name in load_active(root).benchmarks
+    ]
 
 
 def deploy(root: Path) -> list[str]:
     """Register the work pool, the `gpu` limit and all deployments; their names.
 
-    Again after a new run was made: the forms offer the runs that have a params file.
+    Again after a new run was made: the forms offer the runs that have a params file. Deployments
+    of benchmarks that are no longer active go.
     """
+    found = doors_of(root)
     with get_client(sync_client=True) as client:
         _make_pool(client)
         make_limit(client)
-        return [_register(client, root, door) for door in DOORS]
+        _remove_others(client, {door.name for door in found})
+        return [_register(client, root, door) for door in found]
 
 
 def refresh(root: Path) -> None:
     """Let the forms offer the present runs, where there are deployments."""
     with get_client(sync_client=True) as client:
-        for door in DOORS:
+        for door in doors_of(root):
             try:
-                client.read_deployment_by_name(f"{door.flow.name}/{door.flow.name}")
+                client.read_deployment_by_name(f"{door.flow.name}/{door.name}")
             except ObjectNotFound:
                 continue
             _register(client, root, door)
@@ -64,18 +102,27 @@ def refresh(root: Path) -> None:
 def _register(client: SyncPrefectClient, root: Path, door: Door) -> str:
     client.create_deployment(
         flow_id=client.create_flow(door.flow),
-        name=door.flow.name,
+        name=door.name,
         entrypoint=door.entrypoint,
         pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(root)}}],
         work_pool_name=POOL,
         job_variables={"working_dir": str(root), "env": {"PYTHONPATH": str(root)}},
         concurrency_limit=1,
-        parameter_openapi_schema=form_schema(door.flow, run_names(root)),
+        parameters=door.preset,
+        parameter_openapi_schema=form_schema(door.flow, door.runs),
         enforce_parameter_schema=True,
-        description=door.flow.description,
+        description=door.description,
         tags=[*TAGS, *door.tags],
     )
-    return f"{door.flow.name}/{door.flow.name}"
+    return f"{door.flow.name}/{door.name}"
+
+
+def _remove_others(client: SyncPrefectClient, names: set[str]) -> None:
+    """Remove the deployments of benchmarks that are not among `names`."""
+    flows = FlowFilter(name=FlowFilterName(any_=[doors.benchmark.name]))
+    for each in client.read_deployments(flow_filter=flows):
+        if each.name not in names:
+            client.delete_deployment(each.id)
 
 
 def form_schema(flow: Flow[Any, Any], runs: list[str]) -> dict[str, Any]:

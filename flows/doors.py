@@ -14,13 +14,14 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from flows import artifacts
+from flows.checks import check
 from flows.dvcflow import bring_up_to_date
 from flows.forms import Adjustments, Changes, Measurements, Stage, TypedQuery
 from flows.lock import workspace_lock
 from flows.processes import have_witness
 from tasks import dvcstage, overrides, store
-from tasks.active import activate, check_active, check_inputs, load_active
-from tasks.params import load_params, params_file, run_file
+from tasks.active import activate, load_active
+from tasks.params import params_file, run_file
 from tasks.querysets import check_queries
 from tasks.workspace import FIT_STAGES, find_root
 
@@ -105,6 +106,18 @@ def queries(
     return work(prepare, "report")
 
 
+@flow(name="benchmark", flow_run_name="{run}", persist_result=False)
+def benchmark(
+    run: Annotated[str, Field(title="Benchmark", description="params/benchmarks/<name>.yaml")],
+) -> Any:
+    """How well each estimator agrees with the true response of a model that is small enough to ask.
+
+    Trains it, takes the true response of its outputs to each training example, holds the
+    estimators against it, and writes docs/results/<name>.json and figures; logged to MLflow.
+    """
+    return work(lambda _root: run, "validate")
+
+
 def work(prepare: Callable[[Path], str], until: str) -> Any:
     """In the workspace, alone: write the params, check the input, run the stages, show the result.
 
@@ -117,9 +130,7 @@ def work(prepare: Callable[[Path], str], until: str) -> Any:
     try:
         with workspace_lock(root):
             run = prepare(root)
-            params = load_params(root, run)
-            check_active(root, run, params)
-            check_inputs(root, run, params)
+            check(root, run)
             states = bring_up_to_date(root, run, until)
             last = list(states.values())[-1]
             if not last.is_completed():

@@ -19,12 +19,13 @@ from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
 from flows import environment
+from flows.checks import stages_of
 from flows.processes import end_group, signal_at_parents_death
 from tasks import dvcstage
 from tasks.active import owner
 from tasks.leftovers import damaged_cache
 from tasks.progress import duration, say
-from tasks.workspace import ARTIFACTS, STAGES, find_root
+from tasks.workspace import ARTIFACTS, find_root
 
 KILLED = re.compile(r"exited with -(\d+)")
 BUSY = re.compile(r"(is busy, it is being blocked by|Unable to acquire lock)")
@@ -46,8 +47,8 @@ CHATTER = (  # what DVC says of itself, every time
 
 def bring_up_to_date(root: Path, run: str, until: str) -> dict[str, Any]:
     """Every stage of a run up to `until`: their states by name, ending at one that failed."""
-    states = dict[str, Any]()
-    for stage in STAGES[: STAGES.index(until) + 1]:
+    states, stages = dict[str, Any](), stages_of(root, run)
+    for stage in stages[: stages.index(until) + 1]:
         # Called, not submitted: only in the main thread does a cancel end the wait for the child.
         states[stage] = dvc_stage.with_options(
             name=stage, task_run_name=f"{stage}@{owner(root, stage, run)}"
@@ -80,7 +81,7 @@ def dvc_stage(stage: str, run: str) -> Any:
             tell(f"{label}: its artefact was edited in place; it is made again")
             damaged.remove()
     tell(f"{label}: runs ({reasons[0]}{', …' if len(reasons) > 1 else ''})")
-    process = start_dvc(label)
+    process = start_dvc(dvcstage.target(root, stage, run))
     lines: list[str] = []
     try:
         for line in lines_of(process):

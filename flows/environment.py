@@ -48,8 +48,9 @@ def service_process(root: Path, name: str) -> psutil.Process | None:
     try:
         told = (root / SERVICES / f"{name}.pid").read_text().split()
         process = psutil.Process(int(told[0]))
-        # The number may have gone to another process since.
-        return process if str(process.create_time()) == told[1] else None
+        # The number may have gone to another process since, and a zombie serves nobody.
+        same = str(process.create_time()) == told[1]
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (OSError, ValueError, IndexError, psutil.Error):
         return None
 
@@ -63,6 +64,11 @@ def child_environment(**extra: str) -> dict[str, str]:
 def report_url(run: str) -> str:
     """Where the report of a run can be seen from a browser, while `make up` serves it."""
     return f"{REPORTS_URL}/{run}/report/index.html"
+
+
+def figure_url(benchmark: str, name: str) -> str:
+    """Where a figure of a benchmark can be seen from a browser, while `make up` serves it."""
+    return f"{REPORTS_URL}/{benchmark}/validate/{name}"
 
 
 def mlflow_url(experiment: str, run: str) -> str:

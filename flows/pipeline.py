@@ -1,4 +1,4 @@
-"""`python -m flows.pipeline RUN [--until STAGE]`: a run from its params to its report.
+"""`python -m flows.pipeline NAME [--until STAGE]`: a run, or a benchmark, from params to result.
 
 Stages that are up to date are not run again; a killed stage resumes at its missing shards.
 """
@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from flows import environment
+from flows.checks import check, last_stage
 from flows.lock import check_idle
 from flows.processes import INTERRUPTED
-from tasks.active import check_active, check_inputs
-from tasks.params import load_params
 from tasks.progress import duration, say
+from tasks.validation.settings import is_benchmark
 from tasks.workspace import ARTIFACTS, FIT_STAGES, STAGES, find_root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the pipeline; the exit status: 0, 1 after an error, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__)
-    parser.add_argument("run", help="name of a run: params/RUN.yaml")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
+    parser.add_argument("run", metavar="NAME", help="of a run or a benchmark")
+    parser.add_argument("--until", choices=STAGES, help="the last stage of a run; else report")
     given = parser.parse_args(arguments)
     try:
         root = find_root(Path.cwd())
@@ -38,18 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def run_pipeline(root: Path, run: str, until: str) -> int:
+def run_pipeline(root: Path, run: str, asked: str | None) -> int:
     """Check the input, bring the stages up to date, say where the result is."""
     start = time.monotonic()
     check_idle(root)  # before the seconds that Prefect takes to come
-    params = load_params(root, run)
-    fit = check_active(root, run, params)
-    check_inputs(root, run, params)
+    fit, until = check(root, run), last_stage(root, run, asked)
     environment.set_environment(root)
     environment.check_server()
-    from flows.doors import pipeline  # after the environment: Prefect reads it when imported
+    from flows import doors  # after the environment: Prefect reads it when imported
 
-    state: Any = pipeline(run, cast(Any, until), return_state=True)
+    state: Any = (
+        doors.benchmark(run, return_state=True)
+        if is_benchmark(root, run)
+        else doors.pipeline(run, cast(Any, until), return_state=True)
+    )
     if not state.is_completed():
         sys.stderr.write(f"pipeline: stopped: {state.message}\n")
         sys.stderr.write("pipeline: what is finished is kept; run the same command to go on\n")

@@ -1,4 +1,4 @@
-"""`python -m flows.stage STAGE RUN`: the command of each DVC stage, one Prefect flow.
+"""`python -m flows.stage STAGE NAME`: the command of each DVC stage, one Prefect flow.
 
 All that can be wrong with the input is checked before the work starts. The flow nests under the
 pipeline's task when there is one, and runs on a server of its own when there is none.
@@ -17,6 +17,7 @@ from typing import Any
 from uuid import UUID
 
 from flows import environment
+from flows.checks import check, last_stage
 from flows.processes import (
     INTERRUPTED,
     end_when_interrupted,
@@ -24,10 +25,12 @@ from flows.processes import (
     have_witness,
 )
 from tasks import dvcstage, workspace
-from tasks.active import check_active, check_inputs
 from tasks.params import load_params
 from tasks.progress import duration, say
-from tasks.workspace import FIT_STAGES, STAGES, StageContext
+from tasks.validation import results
+from tasks.validation.context import BenchmarkContext
+from tasks.validation.settings import is_benchmark, load_benchmark
+from tasks.workspace import FIT_STAGES, STAGES, Context, StageContext
 
 USER_ERRORS = (ValueError, OSError)
 
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage; the exit status: 0, 1 after an error, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.stage", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("run", help="name of a run: params/RUN.yaml")
+    parser.add_argument("run", metavar="NAME", help="of a run or a benchmark")
     given = parser.parse_args(arguments)
     label, start = f"{given.stage}@{given.run}", time.monotonic()
     end_when_interrupted()
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def open_stage(start: Path, stage: str, run: str) -> StageContext:
+def open_stage(start: Path, stage: str, run: str) -> Context:
     """The context of a stage, after all that can be checked before the work.
 
     Raises:
@@ -64,20 +67,24 @@ def open_stage(start: Path, stage: str, run: str) -> StageContext:
     """
     root = workspace.find_root(start)
     environment.set_environment(root)
-    params = load_params(root, run)
-    fit = check_active(root, run, params)
+    fit = check(root, run)
+    last_stage(root, run, stage)
     if stage in FIT_STAGES and fit != run:
         raise ValueError(
             f"run {run} uses the fit of {fit}: run `python -m flows.stage {stage} {fit}` instead"
         )
-    check_inputs(root, run, params)
     environment.check_server()
+    if is_benchmark(root, run):
+        benchmark = load_benchmark(root, run)
+        fingerprint = dvcstage.input_fingerprint(root, stage, run, benchmark.runtime)
+        return BenchmarkContext(run, stage, benchmark, root, fingerprint)
+    params = load_params(root, run)
     fingerprint = dvcstage.input_fingerprint(root, stage, run, params.runtime)
     reads = tuple(dvcstage.upstream(root, stage, run))
     return StageContext(run, stage, params, root, fingerprint, fit, reads)
 
 
-def run_stage(context: StageContext) -> BaseException | None:
+def run_stage(context: Context) -> BaseException | None:
     """Run the stage's flow to its end; what it failed with, if it failed."""
     from prefect.flow_engine import run_flow_sync
 
@@ -89,7 +96,7 @@ def run_stage(context: StageContext) -> BaseException | None:
     return result if isinstance(result, BaseException) else None
 
 
-def stage_flow(context: StageContext) -> Any:
+def stage_flow(context: Context) -> Any:
     """The Prefect flow of one stage."""
     from prefect import flow
     from prefect.states import Failed
@@ -118,12 +125,14 @@ def stage_flow(context: StageContext) -> Any:
     )(stage_of_run)
 
 
-def work(context: StageContext) -> None:
+def work(context: Context) -> None:
     """Compute the stage and publish its artefact: complete, or not there."""
-    module = importlib.import_module(f"tasks.{context.stage}")
+    module = importlib.import_module(context.module)
     workspace.prepare(context)
     module.run(context)
     workspace.publish(context)
+    if isinstance(context, BenchmarkContext):
+        results.write(context.root)
 
 
 def _nested_run(flow: Any, parameters: dict[str, str]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence.layers import Layer
+from influence.layers import Layer, as_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,13 @@ class Capture:
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        has_bias = {layer.name: layer.has_bias for layer in self._layers}
-        return {
-            name: LayerIO(
-                self._inputs[name],
-                torch.zeros_like(self._outputs[name]) if ds is None else ds,
-                has_bias[name],
-            )
-            for name, ds in zip(names, gradients, strict=True)
-        }
+        by_name = {layer.name: layer for layer in self._layers}
+        ios = {}
+        for name, ds in zip(names, gradients, strict=True):
+            layer = by_name[name]
+            ds = torch.zeros_like(self._outputs[name]) if ds is None else ds
+            ios[name] = LayerIO(*as_positions(layer, self._inputs[name], ds), layer.has_bias)
+        return ios
 
     def _explain_non_finite(self) -> None:
         for name, a in self._inputs.items():

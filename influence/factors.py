@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.capture import LayerIO
+from influence.examples import Batch
 from influence.layers import Layer
 from influence.passes import pseudo_gradients
 from influence.sequences import TokenBatch
@@ -53,7 +54,7 @@ class Factors:
 
 
 def fit_factors(
-    model: nn.Module, layers: Sequence[Layer], batches: Iterable[TokenBatch], seed: int
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch], seed: int
 ) -> Factors:
     """Factors from pseudo-gradients, each supervised token counting once (§3.1 of the paper).
 
@@ -77,12 +78,11 @@ def fit_factors(
     return Factors(inputs, outputs)
 
 
-def _loss_carrying(
-    io: LayerIO, batch: TokenBatch
-) -> tuple[Float[Tensor, "s i"], Float[Tensor, "s o"]]:
-    """Rows of `a` and `ds` at the positions that carry a loss."""
-    where = batch.loss_positions
-    return io.a[where], io.ds[where]
+def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Float[Tensor, "s o"]]:
+    """Rows of `a` and `ds` at the positions that carry a loss; all those of an image do."""
+    if isinstance(batch, TokenBatch):
+        return io.a[batch.loss_positions], io.ds[batch.loss_positions]
+    return io.a.flatten(0, 1), io.ds.flatten(0, 1)
 
 
 def _input_covariance(a: Float[Tensor, "s i"], has_bias: bool) -> Covariance:

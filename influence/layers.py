@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 ROLES: Mapping[str, tuple[str, ...]] = {
@@ -55,8 +55,9 @@ class Coverage:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """An `nn.Linear`, or GPT-2's Conv1D (known by name: this package does not import it)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """An `nn.Linear`, GPT-2's Conv1D (known by name: this package does not import it), or an
+    `nn.Conv2d`, which is linear in the patches that it slides over (Grosse and Martens 2016)."""
+    return isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D"
 
 
 def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer, ...], Coverage]:
@@ -85,17 +86,12 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer,
         counted.update(own)
         matching = [pattern for pattern in patterns if _matches(name, pattern)]
         tied = sorted({other for p in own for other in holders[p]} - {name})
-        if not matching:
-            reason = f"tied to {', '.join(tied)}" if tied else "not in `layers`"
-        elif tied:
-            reason = f"tied to {', '.join(tied)}"
-        elif not is_linear(module):
-            reason = f"{type(module).__name__} is not a linear layer"
-        else:
+        reason = _reason(module, bool(matching), tied)
+        if reason is None:
             layers.append(_layer(name, module))
             useful.update(matching)
-            continue
-        left_out.append(LeftOut(name, num_new, reason))
+        else:
+            left_out.append(LeftOut(name, num_new, reason))
 
     for pattern in patterns:
         if pattern not in useful:
@@ -111,8 +107,25 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer,
     return tuple(layers), Coverage(attributed, num_attributed, num_parameters, tuple(left_out))
 
 
+def _reason(module: nn.Module, matches: bool, tied: Sequence[str]) -> str | None:
+    """Why a module with parameters is left out; None if it is attributed."""
+    if tied:
+        return f"tied to {', '.join(tied)}"
+    if not matches:
+        return "not in `layers`"
+    if not is_linear(module):
+        return f"{type(module).__name__} is not a linear layer"
+    if isinstance(module, nn.Conv2d) and (
+        module.groups > 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        return "a convolution in groups, or padded other than by a number of zeros"
+    return None
+
+
 def share_inputs(
-    model: nn.Module, layers: Sequence[Layer], tokens: Int[Tensor, "n t"]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    tokens: Int[Tensor, "n t"] | Float[Tensor, "n ..."],
 ) -> tuple[Layer, ...]:
     """Put layers that are fed the very same tensor into one `input_group` (q, k, v; gate, up).
 
@@ -134,16 +147,26 @@ def share_inputs(
         for handle in handles:
             handle.remove()
 
-    first_with: dict[tuple[int, bool], str] = {}
+    first_with: dict[tuple[object, ...], str] = {}
     return tuple(
         replace(
             layer,
-            input_group=first_with.setdefault((id(inputs[layer.name]), layer.has_bias), layer.name),
+            input_group=first_with.setdefault(
+                (id(inputs[layer.name]), layer.has_bias, *_window(layer)), layer.name
+            ),
         )
         if layer.name in inputs
         else layer
         for layer in layers
     )
+
+
+def _window(layer: Layer) -> tuple[object, ...]:
+    """What a convolution makes of its input: two with one input need not see the same patches."""
+    module = layer.module
+    if not isinstance(module, nn.Conv2d):
+        return ()
+    return module.kernel_size, module.stride, module.padding, module.dilation
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -157,6 +180,68 @@ def _matches(name: str, pattern: str) -> bool:
 def _layer(name: str, module: nn.Module) -> Layer:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    d_out, d_in = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        d_out, d_in = weight.flatten(1).shape
+    else:
+        d_in, d_out = weight.shape
     has_bias = bias is not None
     return Layer(name, module, d_in + has_bias, d_out, has_bias, input_group=name)
+
+
+def as_positions(
+    layer: Layer, a: Float[Tensor, "n ..."], ds: Float[Tensor, "n ..."]
+) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "n t o"]]:
+    """Inputs and output gradients of a layer, by sequence and position.
+
+    A single example has one position; the positions of an image are the patches of a convolution,
+    its inputs in the order in which the weight is flattened.
+    """
+    module = layer.module
+    if isinstance(module, nn.Conv2d):
+        size, dilation, padding, stride = (
+            module.kernel_size, module.dilation, module.padding, module.stride,
+        )  # fmt: skip
+        assert not isinstance(padding, str)
+        patches = nn.functional.unfold(a, size, dilation, padding, stride)
+        return patches.mT, ds.flatten(2).mT
+    if a.ndim == 2:
+        return a.unsqueeze(1), ds.unsqueeze(1)
+    return a, ds
+
+
+def weight_name(layer: Layer) -> str:
+    """The name of the layer's weight among the model's parameters."""
+    return f"{layer.name}.weight"
+
+
+def bias_name(layer: Layer) -> str:
+    """The name of the layer's bias among the model's parameters."""
+    return f"{layer.name}.bias"
+
+
+def to_parameters(
+    layer: Layer, block: Float[Tensor, "*k d_out d_in"]
+) -> dict[str, Float[Tensor, "..."]]:
+    """A matrix (W b) as the layer's own parameters have it, by the model's parameter names."""
+    weight = block[..., :-1] if layer.has_bias else block
+    if type(layer.module).__name__ == "Conv1D":
+        weight = weight.mT
+    elif isinstance(layer.module, nn.Conv2d):
+        weight = weight.unflatten(-1, layer.module.weight.shape[1:])
+    return {weight_name(layer): weight} | (
+        {bias_name(layer): block[..., -1]} if layer.has_bias else {}
+    )
+
+
+def from_parameters(
+    layer: Layer, parameters: Mapping[str, Float[Tensor, "..."]]
+) -> Float[Tensor, "*k d_out d_in"]:
+    """The inverse of `to_parameters`: (W b), the bias in the last column."""
+    weight = parameters[weight_name(layer)]
+    if type(layer.module).__name__ == "Conv1D":
+        weight = weight.mT
+    elif isinstance(layer.module, nn.Conv2d):
+        weight = weight.flatten(-3)
+    if not layer.has_bias:
+        return weight
+    return torch.cat([weight, parameters[bias_name(layer)].unsqueeze(-1)], dim=-1)

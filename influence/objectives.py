@@ -5,68 +5,60 @@ three functions with three names, never one with a flag: which labels a loss use
 the curvature is the Fisher or something else.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from influence.examples import Batch
 from influence.sequences import TokenBatch
 
 
-def forward(model: nn.Module, batch: TokenBatch) -> Float[Tensor, "n t v"]:
-    """Logits of a causal language model; `logits[:, t]` predicts token t + 1."""
-    output = model(batch.tokens)
+def forward(model: nn.Module, batch: Batch) -> Float[Tensor, "n ..."]:
+    """The model's outputs; logits of a causal language model predict token t + 1 at t."""
+    output = model(batch.inputs)
     return output if isinstance(output, Tensor) else output.logits
 
 
-def training_loss(logits: Float[Tensor, "n t v"], batch: TokenBatch) -> Float[Tensor, " n"]:
+def training_loss(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tensor, " n"]:
     """L(z) = −Σ_t log p(z_t | z_<t) over supervised tokens, with the true labels (Eq. 22)."""
-    return -_log_likelihood(logits, batch, batch.tokens)
+    return _loss(outputs, batch, batch.targets)
 
 
 def pseudo_loss(
-    logits: Float[Tensor, "n t v"], batch: TokenBatch, labels: Int[Tensor, "n t"]
+    outputs: Float[Tensor, "n ..."], batch: Batch, labels: Tensor
 ) -> Float[Tensor, " n"]:
     """−Σ_t log p(ŷ_t | z_<t) with labels sampled from the model: its gradients give the true
     Fisher (Grosse et al. 2023, Eq. 11)."""
-    return -_log_likelihood(logits, batch, labels)
+    return _loss(outputs, batch, labels)
 
 
-def log_probability(logits: Float[Tensor, "n t v"], batch: TokenBatch) -> Float[Tensor, " n"]:
+def log_probability(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tensor, " n"]:
     """f = log p(completion | prompt), the completion being the supervised tokens (Eq. 24)."""
-    return _log_likelihood(logits, batch, batch.tokens)
+    return -_loss(outputs, batch, batch.targets)
 
 
-def _log_likelihood(
-    logits: Float[Tensor, "n t v"], batch: TokenBatch, labels: Int[Tensor, "n t"]
-) -> Float[Tensor, " n"]:
-    # Unsupervised positions are left out before the softmax: they cost nothing.
-    row, position = batch.loss_positions.nonzero(as_tuple=True)
-    log_likelihood = -nn.functional.cross_entropy(
-        logits[row, position].float() if logits.dtype.itemsize < 4 else logits[row, position],
-        labels[row, position + 1],
-        reduction="none",
-    )
-    total = log_likelihood.new_zeros(len(batch.ids))
-    return total.index_add(0, row, log_likelihood)
+def _loss(outputs: Tensor, batch: Any, labels: Tensor) -> Float[Tensor, " n"]:
+    losses = batch.likelihood.loss(batch.rows(outputs), batch.row_labels(labels))
+    return losses.new_zeros(len(batch.ids)).index_add(0, batch.owners, losses)
 
 
 @torch.no_grad()
-def sample_labels(
-    logits: Float[Tensor, "n t v"], batch: TokenBatch, seed: int
-) -> Int[Tensor, "n t"]:
-    """One label per supervised token, drawn from the model; `labels[:, t]` replaces token t.
+def sample_labels(outputs: Float[Tensor, "n ..."], batch: Batch, seed: int) -> Tensor:
+    """One label per row of outputs that carries a loss, drawn from the model.
 
-    The uniform behind each draw comes from (seed, sequence id, position) alone, so that batch,
-    order, shard, worker and restart do not change it. Other positions keep their token.
+    The uniforms behind each draw come from (seed, id, position) alone, so that batch, order,
+    shard, worker and restart do not change it. For token sequences `labels[:, t]` replaces token
+    t, and unsupervised tokens stay.
     """
-    row, position = batch.loss_positions.nonzero(as_tuple=True)
-    uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])[row, position + 1]
-    # Inverse transform in float64: rounding must not move a draw over a boundary.
-    cumulative = logits[row, position].double().softmax(dim=-1).cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1), right=True).squeeze(-1)
-    labels = batch.tokens.clone()
-    labels[row, position + 1] = drawn.clamp(max=logits.shape[-1] - 1)
-    return labels
+    likelihood, rows = batch.likelihood, batch.rows(outputs)
+    if isinstance(batch, TokenBatch):
+        uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])
+        drawn = likelihood.sample(rows, batch.row_labels(uniform).unsqueeze(-1))
+        return batch.with_row_labels(drawn)
+    uniform = counter_uniform(seed, batch.ids, likelihood.num_uniforms(rows.shape[-1]))
+    return likelihood.sample(rows, uniform)
 
 
 def counter_uniform(

@@ -6,11 +6,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.capture import LayerIO, NonFiniteError, capture
+from influence.examples import Batch
 from influence.layers import Layer
 from influence.objectives import forward, pseudo_loss, sample_labels
-from influence.sequences import TokenBatch
 
-Objective = Callable[[Float[Tensor, "n t v"], TokenBatch], Float[Tensor, " n"]]
+Objective = Callable[[Float[Tensor, "n ..."], Batch], Float[Tensor, " n"]]
 
 
 class NonFiniteSequenceError(ValueError):
@@ -24,7 +24,7 @@ class NonFiniteSequenceError(ValueError):
         )
 
 
-def check_finite(numbers: Float[Tensor, " n"], layer: str, batch: TokenBatch) -> None:
+def check_finite(numbers: Float[Tensor, " n"], layer: str, batch: Batch) -> None:
     """Stop at the first sequence whose number is not finite: a NaN must not join a sum.
 
     Raises:
@@ -36,7 +36,7 @@ def check_finite(numbers: Float[Tensor, " n"], layer: str, batch: TokenBatch) ->
 
 
 def run_pass(
-    model: nn.Module, layers: Sequence[Layer], batch: TokenBatch, objective: Objective
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, objective: Objective
 ) -> dict[str, LayerIO]:
     """`LayerIO` of every layer that ran, for the sum of `objective` over the batch.
 
@@ -54,11 +54,11 @@ def run_pass(
 
 
 def pseudo_gradients(
-    model: nn.Module, layers: Sequence[Layer], batch: TokenBatch, seed: int
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, seed: int
 ) -> dict[str, LayerIO]:
     """`LayerIO` whose `ds` are pseudo-gradients: labels sampled from the model (Eq. 13)."""
 
-    def objective(logits: Float[Tensor, "n t v"], batch: TokenBatch) -> Float[Tensor, " n"]:
-        return pseudo_loss(logits, batch, sample_labels(logits, batch, seed))
+    def objective(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tensor, " n"]:
+        return pseudo_loss(outputs, batch, sample_labels(outputs, batch, seed))
 
     return run_pass(model, layers, batch, objective)

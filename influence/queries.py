@@ -14,7 +14,7 @@ from influence.lowrank import LowRank
 from influence.objectives import log_probability
 from influence.passes import run_pass
 from influence.sequences import TokenBatch, batches_by_tokens
-from influence.solver import Solver
+from influence.solver import LayerSolver
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def query_gradients(
 
 def prepare(
     gradients: Mapping[str, Float[Tensor, "q d_out d_in"]],
-    solvers: Mapping[str, Solver],
+    solvers: Mapping[str, LayerSolver],
     damping: Damping,
     rank: int | None,
 ) -> dict[str, LowRank]:
@@ -77,7 +77,7 @@ def prepare(
 
 
 def _prepare_layer(
-    V: Float[Tensor, "q d_out d_in"], solver: Solver, damping: Damping, rank: int | None
+    V: Float[Tensor, "q d_out d_in"], solver: LayerSolver, damping: Damping, rank: int | None
 ) -> LowRank:
     if not isinstance(solver, EKFACBlock):
         return LowRank.of(solver.solve(V, damping), rank)

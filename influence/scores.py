@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from influence.capture import LayerIO
+from influence.examples import Batch
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
 from influence.passes import check_finite, run_pass
-from influence.sequences import TokenBatch
 
 
 def influence(raw: Float[Tensor, "*shape"], num_training_sequences: int) -> Float[Tensor, "*shape"]:
@@ -61,7 +61,7 @@ def stream(
     model: nn.Module,
     layers: Sequence[Layer],
     prepared: Mapping[str, LowRank],
-    batches: Iterable[TokenBatch],
+    batches: Iterable[Batch],
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "q n l"]]]:
     """Raw scores of each batch, per layer in the order of `layers`; their sum is the sequence's.
 
@@ -80,7 +80,7 @@ def stream(
             if layer.name not in ios:  # an idle expert: no gradient, no influence
                 columns.append(query.left.new_zeros(query.num_queries, len(batch.ids)))
                 continue
-            if forms_gradients(layer, query, batch.tokens.shape[1]):
+            if forms_gradients(layer, query, ios[layer.name].a.shape[1]):
                 if layer.name not in dense:
                     dense[layer.name] = query.dense()
                 columns.append(contract(ios[layer.name], query, dense[layer.name]))

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from influence.likelihoods import Likelihood, Softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,8 @@ class TokenBatch:
     ids: Int[Tensor, " n"]
     tokens: Int[Tensor, "n t"]
     supervised: Bool[Tensor, "n t"]
+
+    likelihood: ClassVar[Likelihood] = Softmax()
 
     def __post_init__(self) -> None:
         if self.supervised[:, :1].any():
@@ -53,6 +58,41 @@ class TokenBatch:
     def loss_positions(self) -> Bool[Tensor, "n t"]:
         """Positions whose *next* token is supervised; the last position never is."""
         return torch.cat([self.supervised[:, 1:], torch.zeros_like(self.supervised[:, :1])], dim=1)
+
+    @property
+    def inputs(self) -> Int[Tensor, "n t"]:
+        """What the model is called with."""
+        return self.tokens
+
+    @property
+    def targets(self) -> Int[Tensor, "n t"]:
+        """The true labels; token t is the label of position t − 1."""
+        return self.tokens
+
+    @property
+    def owners(self) -> Int[Tensor, " m"]:
+        """Of each row of outputs that carries a loss, the sequence that it belongs to."""
+        return self.loss_positions.nonzero(as_tuple=True)[0]
+
+    def rows(self, outputs: Float[Tensor, "n t v"]) -> Float[Tensor, "m v"]:
+        """The outputs that carry a loss; the others are left out before the softmax."""
+        return outputs[self.loss_positions.nonzero(as_tuple=True)]
+
+    def row_labels(self, labels: Shaped[Tensor, "n t"]) -> Shaped[Tensor, " m"]:
+        """The labels of those rows, or whatever else belongs to the token that each predicts."""
+        row, position = self.loss_positions.nonzero(as_tuple=True)
+        return labels[row, position + 1]
+
+    def with_row_labels(self, drawn: Int[Tensor, " m"]) -> Int[Tensor, "n t"]:
+        """Labels with these in the place of supervised tokens; the other tokens stay."""
+        row, position = self.loss_positions.nonzero(as_tuple=True)
+        labels = self.tokens.clone()
+        labels[row, position + 1] = drawn
+        return labels
+
+    def select(self, places: Int[Tensor, " k"]) -> "TokenBatch":
+        """Some of the sequences, in the order given."""
+        return TokenBatch(self.ids[places], self.tokens[places], self.supervised[places])
 
     @property
     def num_supervised(self) -> int:

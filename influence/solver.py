@@ -1,16 +1,19 @@
-"""What every inverse-Hessian estimator can do: solve (G + λI) X = V for one layer."""
+"""What every inverse-Hessian estimator can do: solve (G + λI) X = V."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.damping import Damping
+from influence.damping import AbsoluteDamping, Damping
+
+Blocks = Mapping[str, Float[Tensor, "q d_out d_in"]]
 
 
 @runtime_checkable
-class Solver(Protocol):
+class LayerSolver(Protocol):
     """One layer's (G + λI)⁻¹, by whichever approximation of G."""
 
     def solve(
@@ -29,3 +32,26 @@ class GradientDot:
     ) -> Float[Tensor, "*batch d_out d_in"]:
         """V itself."""
         return V
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """All layers' (G + diag λ_ℓ)⁻¹ at once, so that G may couple layers."""
+
+    def solve(self, V: Blocks, dampings: Mapping[str, float]) -> dict[str, Tensor]:
+        """(G + diag λ_ℓ)⁻¹V for every vector, by layer; `dampings` holds λ_ℓ by layer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Blockwise:
+    """A `Solver` of one `LayerSolver` a layer: G without the blocks between layers."""
+
+    layers: Mapping[str, LayerSolver]
+
+    def solve(self, V: Blocks, dampings: Mapping[str, float]) -> dict[str, Tensor]:
+        """Each layer for itself."""
+        return {
+            name: self.layers[name].solve(block, AbsoluteDamping(dampings[name]))
+            for name, block in V.items()
+        }

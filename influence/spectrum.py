@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.eigenbasis import EigenBasis
+from influence.examples import Batch
 from influence.layers import Layer
 from influence.passes import check_finite, pseudo_gradients
-from influence.sequences import TokenBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def fit_spectra(
     model: nn.Module,
     layers: Sequence[Layer],
     bases: Mapping[str, EigenBasis],
-    batches: Iterable[TokenBatch],
+    batches: Iterable[Batch],
     seed: int,
 ) -> dict[str, Spectrum]:
     """Λ of every layer from pseudo-gradients, each sequence counting once.

@@ -1,4 +1,4 @@
-"""`params/active.yaml`: which runs `dvc.yaml` spells out, their input files, whose fit they use.
+"""`params/active.yaml`: which runs and benchmarks DVC has stages for, and their input files.
 
 DVC cannot look into `params/<run>.yaml` for the paths of a stage's inputs, so they are told twice:
 `activate` writes them, and `check_active` refuses to start a stage where the two disagree. Runs
@@ -15,6 +15,8 @@ from tasks.section import Section, Text
 from tasks.workspace import FIT_STAGES
 from tasks.yamlfile import read_editable, yaml_text
 
+PIPELINE = Path("dvc.yaml")  # the stages of runs
+VALIDATION = Path("validation/dvc.yaml")  # those of benchmarks
 # What the stages of a fit read; runs that agree on these may share one.
 FIT_SECTIONS = ("train", "corpus", "tokenize", "layers", "factors", "correct")
 
@@ -33,16 +35,28 @@ class RunEntry(Section):
     fit: Text  # the run whose fit this one uses: itself, or one with the same fit sections
 
 
+class BenchmarkEntry(Section):
+    """An entry of `benchmarks` in `params/active.yaml`."""
+
+    data: Text
+
+
 class Active(Section):
     """All of `params/active.yaml`."""
 
     fits: dict[str, FitEntry]
     runs: dict[str, RunEntry]
+    benchmarks: dict[str, BenchmarkEntry]
 
 
 def load_active(root: Path) -> Active:
-    """The runs and fits that `dvc.yaml` spells out, by name."""
+    """The runs, fits and benchmarks that DVC has stages for, by name."""
     return checked(root, ACTIVE, Active)
+
+
+def pipeline_of(root: Path, name: str) -> Path:
+    """The `dvc.yaml` with the stages of a run or benchmark."""
+    return VALIDATION if name in load_active(root).benchmarks else PIPELINE
 
 
 def owner(root: Path, stage: str, run: str) -> str:
@@ -132,7 +146,7 @@ def activate(root: Path, run: str) -> bool:
     fit = _fit_to_use(root, run, params, active)
     content["fits"][fit] = fit_entry(params).model_dump()
     content["runs"][run] = RunEntry(queries=params.query.path, fit=fit).model_dump()
-    return _write_active(root, content)
+    return write_active(root, content)
 
 
 def deactivate(root: Path, run: str) -> bool:
@@ -149,7 +163,7 @@ def deactivate(root: Path, run: str) -> bool:
         )
     content = read_editable(root / ACTIVE)
     content["runs"].pop(run, None)
-    return _write_active(root, content)
+    return write_active(root, content)
 
 
 def _fit_to_use(root: Path, run: str, params: RunParams, active: Active) -> str:
@@ -163,7 +177,7 @@ def _fit_to_use(root: Path, run: str, params: RunParams, active: Active) -> str:
     return next((n for n in files if not fit_differences(params, load_params(root, n))), run)
 
 
-def _write_active(root: Path, content: Any) -> bool:
+def write_active(root: Path, content: Any) -> bool:
     """Write the file if it says anything new; fits that no run uses go."""
     used = {entry["fit"] for entry in content["runs"].values()}
     for name in set(content["fits"]) - used:

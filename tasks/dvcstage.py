@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tasks.active import owner
+from tasks.active import PIPELINE, owner, pipeline_of
 from tasks.params import ACTIVE, Runtime
 from tasks.workspace import ARTIFACTS
 
@@ -83,6 +83,17 @@ def recorded_digests(root: Path, run: str, stages: Sequence[str]) -> dict[str, s
     return digests
 
 
+def input_digests(root: Path, stage: str, run: str) -> dict[str, str]:
+    """DVC's md5 of the input files of a stage as they are now: `in.<path>`."""
+    with _stage(root, stage, run) as found:
+        inputs = {_path(root, dep): dep for dep in found.deps}
+        return {
+            f"in.{path}": dep.get_hash().value
+            for path, dep in inputs.items()
+            if Path(path).parts[0] not in OURS
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Out:
     """An output as dvc.lock has it; `digest` is DVC's md5."""
@@ -124,9 +135,15 @@ def tracked_paths(root: Path, stage: str, run: str) -> tuple[list[str], list[str
         return deps, [_path(root, out) for out in found.outs]
 
 
+def target(root: Path, stage: str, run: str) -> str:
+    """What `dvc repro` is told at the root: `validation/dvc.yaml:validate@concrete`."""
+    name, file = f"{stage}@{owner(root, stage, run)}", pipeline_of(root, run)
+    return name if file == PIPELINE else f"{file.as_posix()}:{name}"
+
+
 def _target(root: Path, stage: str, run: str) -> str:
     """With the file's path, or DVC would take the `dvc.yaml` of the current directory."""
-    return f"{root / 'dvc.yaml'}:{stage}@{owner(root, stage, run)}"
+    return f"{root / pipeline_of(root, run)}:{stage}@{owner(root, stage, run)}"
 
 
 def _path(root: Path, entry: Any) -> str:

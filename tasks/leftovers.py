@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tasks import dvcstage
 from tasks.params import load_params
+from tasks.validation.settings import is_benchmark, load_benchmark
 from tasks.workspace import ARTIFACTS, EXPERIMENTS, STAGES, WORK
 
 FOLDER = re.compile(rf"(?P<run>.+)-(?P<stage>{'|'.join(STAGES)})-(?P<fingerprint>[0-9a-f]{{12}})")
@@ -66,8 +67,8 @@ def _why_abandoned(root: Path, name: str) -> str | None:
         return "no stage's folder"
     run, stage = match["run"], match["stage"]
     try:
-        runtime = load_params(root, run).runtime
-        current = dvcstage.input_fingerprint(root, stage, run, runtime)
+        params = load_benchmark(root, run) if is_benchmark(root, run) else load_params(root, run)
+        current = dvcstage.input_fingerprint(root, stage, run, params.runtime)
     except ValueError as error:
         return str(error).splitlines()[0]
     return None if current.startswith(match["fingerprint"]) else "its inputs have changed"

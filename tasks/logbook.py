@@ -6,7 +6,7 @@ from typing import Any
 from tasks import lineage
 from tasks.registry import Dataset, Factors
 from tasks.tracking import NOTE, Entry
-from tasks.workspace import ARTIFACTS, StageContext
+from tasks.workspace import ARTIFACTS, Context, StageContext
 
 METRICS = "metrics.json"
 TABLES = (METRICS, "recall.json", "baselines.parquet")
@@ -54,7 +54,7 @@ def run_name(run: str, query: Mapping[str, Any], experiment: str | None) -> str:
     return " ".join(words + ([f"({experiment})"] if experiment else []))
 
 
-def source_tags(context: StageContext, tags: Mapping[str, str]) -> dict[str, str]:
+def source_tags(context: Context, tags: Mapping[str, str]) -> dict[str, str]:
     """What MLflow's own columns show of the source."""
     return {
         "mlflow.source.name": f"python -m flows.stage {context.stage} {context.run}",

@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks import store
 from tasks.params import RunParams, load_params, params_file, run_file, validated
+from tasks.validation.settings import benchmark_file, is_benchmark
 from tasks.yamlfile import plain, read_editable, yaml_text
 
 
@@ -44,6 +45,8 @@ def new_run(root: Path, name: str, base: str, changes: Mapping[str, Any]) -> lis
             f"{params_file(name)} exists already: choose {name!r} as the run to change it, or take "
             "another name for the new one"
         )
+    if is_benchmark(root, name):
+        raise ValueError(f"{name!r} is a benchmark ({benchmark_file(name)}); take another name")
     content = read_editable(root / params_file(base))
     told = _set_all(content, changes)
     content.yaml_set_start_comment(f"Run `{name}`, made from {params_file(base)}.")

@@ -6,16 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from influence.damping import AbsoluteDamping, Damping, RelativeDamping
+from influence.damping import Damping
 from influence.ekfac import EKFACBlock
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.queries import Query, prepare, query_gradients
-from influence.solver import GradientDot, Solver
+from influence.solver import GradientDot, LayerSolver
 from tasks import store
 from tasks.attributed import PassReference
+from tasks.damping import damping_rule
 from tasks.eigens import read_bases
-from tasks.params import Ratio, RunParams
+from tasks.params import RunParams
 from tasks.spectra import read_spectra
 from tasks.workspace import StageContext
 
@@ -24,10 +25,7 @@ EKFAC, GRADIENT_DOT = METHODS = ("ekfac", "gradient_dot")
 
 def damping_of(params: RunParams) -> Damping:
     """The rule that `query.damping` names."""
-    given = params.query.damping
-    if isinstance(given, Ratio):
-        return RelativeDamping(given.ratio)
-    return AbsoluteDamping(given.value)
+    return damping_rule(params.query.damping)
 
 
 def prepare_queries(
@@ -45,7 +43,7 @@ def prepare_queries(
     )
     prepared: dict[str, dict[str, LowRank]] = {}
     for method in methods:
-        solvers: Mapping[str, Solver]
+        solvers: Mapping[str, LayerSolver]
         if method == EKFAC:
             solvers = read_solvers(
                 context.artifact("eigen"),

@@ -1,5 +1,7 @@
 """How far a map of shards is: items done of all, items a second, time left."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +11,11 @@ QUIET = 10.0  # seconds after which a line is told though no shard has ended
 
 def say(line: str) -> None:
     """To the terminal, at once and in one piece: standard output is a pipe under DVC."""
-    print(f"{line}\n", end="", flush=True)
+    try:
+        print(f"{line}\n", end="", flush=True)
+    except BrokenPipeError:
+        # Who listened is gone (a killed worker, a closed terminal): the work goes on, untold.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress:

@@ -23,7 +23,7 @@ from tasks.params import MAX_SHARDS
 from tasks.progress import Progress, say
 from tasks.progressbar import kept_bar
 from tasks.runners import task_runner as task_runner
-from tasks.workspace import StageContext
+from tasks.workspace import Context
 
 
 def _unheard(_num_items: int) -> None:
@@ -74,7 +74,7 @@ def shards_of(groups: Iterable[Sequence[int]]) -> list[ShardRef]:
 
 
 def map_shards(
-    context: StageContext,
+    context: Context,
     compute: Compute,
     shards: Sequence[ShardRef],
     *,
@@ -122,7 +122,7 @@ def map_shards(
     return [job.path for job in jobs]
 
 
-def bar_key(context: StageContext) -> str:
+def bar_key(context: Context) -> str:
     """Under which key Prefect's UI keeps the bars of a stage."""
     return f"{context.run}-{context.stage}".replace("_", "-")
 
@@ -135,7 +135,7 @@ class Job:
     number of cores, or with another torch, would round otherwise.
     """
 
-    context: StageContext
+    context: Context
     compute: Compute
     shard: ShardRef
     name: str

@@ -25,11 +25,16 @@ from tasks.progress import say
 from tasks.registry import Dataset, Factors, input_of, register
 from tasks.workspace import outer_root
 
-EXPERIMENT = "influence"
+EXPERIMENT, BENCHMARKS = "influence", "benchmarks"
+TOLD = {  # of each experiment, in the UI
+    EXPERIMENT: "One run for each execution of `validate`.",
+    BENCHMARKS: "One run for each execution of a benchmark, with a child for each method and seed.",
+}
 NOTE = "mlflow.note.content"
 KIND = "custom_model_development"  # MLflow's word for what is no chat application
 METRICS, PARAMS = 1000, 100  # that MLflow takes at once
 LONGEST = 5000  # characters of a param or tag
+PARENT = "mlflow.parentRunId"
 NO_NAME = re.compile(r"[^/\w.\- ]")  # MLflow refuses other characters in names
 WAIT = 5.0  # seconds for a sign of life from the store
 BOUNDS = {  # of MLflow's patience with a server that fails; by itself it tries for minutes
@@ -40,6 +45,25 @@ NOISY = ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent")
 # By this tag a later stage finds the run of what it reads. No artefact can hold the id itself: two
 # executions with equal results would then differ.
 DIGEST = "digest.metrics"
+
+
+Series = Mapping[str, Sequence[float] | Mapping[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A part of an execution that is to be compared with others, as a run below the entry's own.
+
+    Attributes:
+        name, tags, params, metrics: as an entry's.
+        failed: why it has no result, in a sentence; None if it has.
+    """
+
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, object]
+    metrics: Mapping[str, object]
+    failed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +77,13 @@ class Entry:
         tags: by dotted name; `run` and `stage` are among them.
         params: values by dotted name.
         metrics: numbers by name, `section/name`; what is no finite number is left out.
-        series: numbers by name, one a step.
+        series: numbers by name, one a step, from 0 or as the keys say.
         artifacts: files by folder.
         dataset: the corpus that was scored; None where its digest is not known.
         factors: the fitted curvature, by reference; None where its digest is not known.
+        children: runs below this one.
+        experiment: where the run goes.
+        again: the command that computes and logs again; None: that of a run's stage.
     """
 
     name: str
@@ -65,16 +92,20 @@ class Entry:
     tags: Mapping[str, str]
     params: Mapping[str, object]
     metrics: Mapping[str, object]
-    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    series: Series = field(default_factory=dict)
     artifacts: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     dataset: Dataset | None = None
     factors: Factors | None = None
+    children: Sequence[Child] = ()
+    experiment: str = EXPERIMENT
+    again: str | None = None
 
 
 def record(root: Path, entry: Entry) -> str | None:
     """Log one execution; the id of its MLflow run, None if the store could not take it."""
     run, stage = entry.tags["run"], entry.tags["stage"]
-    again = f"`dvc repro --force --single-item {stage}@{run} report@{run}` computes and logs again"
+    command = entry.again or f"dvc repro --force --single-item {stage}@{run} report@{run}"
+    again = f"`{command}` computes and logs again"
     return _listening(root, f"{stage}@{run}", again, lambda client: _record(client, root, entry))
 
 
@@ -169,12 +200,12 @@ def _without_password(uri: str) -> str:
 
 def _record(client: Any, root: Path, entry: Entry) -> str:
     tags = {**entry.tags, **identity(entry.tags["run"], entry.metrics_file)}
-    tags = {_name(key): value[:LONGEST] for key, value in tags.items()}
     start = int(entry.started * 1000)
-    created = client.create_run(_experiment(client, root), start, tags, entry.name)
+    experiment = _experiment(client, root, entry.experiment)
+    created = client.create_run(experiment, start, _tags(tags), entry.name)
     run_id = created.info.run_id
     try:
-        _log_values(client, run_id, entry)
+        _log_values(client, run_id, entry.params, entry.metrics, entry.series)
         if entry.dataset is not None:
             client.log_inputs(run_id, [input_of(entry.dataset)])
         for folder, files in entry.artifacts.items():
@@ -182,6 +213,11 @@ def _record(client: Any, root: Path, entry: Entry) -> str:
                 client.log_artifact(run_id, str(file), folder)
         if entry.factors is not None:
             client.set_tag(run_id, "factors", register(client, run_id, entry.factors))
+        for place, child in enumerate(reversed(entry.children)):  # the UI has the newest on top
+            tags = _tags({**child.tags, PARENT: run_id})
+            below = client.create_run(experiment, start + place, tags, child.name).info.run_id
+            _log_values(client, below, child.params, child.metrics, {})
+            client.set_terminated(below, "FAILED" if child.failed else "FINISHED")
     except BaseException:
         with suppress(Exception):  # the first error is the one to tell
             client.set_terminated(run_id, "FAILED")
@@ -190,48 +226,60 @@ def _record(client: Any, root: Path, entry: Entry) -> str:
     return run_id
 
 
-def _experiment(client: Any, root: Path) -> str:
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {_name(key): value[:LONGEST] for key, value in tags.items()}
+
+
+def _experiment(client: Any, root: Path, name: str) -> str:
     """The id of the experiment; of a store in a file, the artifacts lie beside it."""
-    found = client.get_experiment_by_name(EXPERIMENT)
+    found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
     database = _database(tracking_uri(root))
     place = (database.resolve().parent / "mlruns").as_uri() if database else None
-    tags = {NOTE: "One run for each execution of `validate`.", "mlflow.experimentKind": KIND}
-    return client.create_experiment(EXPERIMENT, place, tags)
+    tags = {NOTE: TOLD[name], "mlflow.experimentKind": KIND}
+    return client.create_experiment(name, place, tags)
 
 
 def _newest(client: Any, tags: Mapping[str, str]) -> str | None:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
+    known = [found for name in TOLD if (found := client.get_experiment_by_name(name))]
+    if not known:
         return None
     wanted = " and ".join(
         ["attributes.status = 'FINISHED'", *(f"tags.`{key}` = '{tags[key]}'" for key in tags)]
     )
     newest = ["attributes.start_time DESC"]
-    for run in client.search_runs([experiment.experiment_id], wanted, 1, 1, newest):
+    for run in client.search_runs([each.experiment_id for each in known], wanted, 1, 1, newest):
         return run.info.run_id
     return None
 
 
-def _log_values(client: Any, run_id: str, entry: Entry) -> None:
+def _log_values(
+    client: Any,
+    run_id: str,
+    params: Mapping[str, object],
+    metrics: Mapping[str, object],
+    series: Series,
+) -> None:
     """In batches: a call for each would take a second a hundred."""
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
-    single = [(key, value, 0) for key, value in entry.metrics.items()]
+    single = [(key, value, 0) for key, value in metrics.items()]
     points = [
-        (key, value, step) for key, row in entry.series.items() for step, value in enumerate(row)
+        (key, value, step)
+        for key, row in series.items()
+        for step, value in (row.items() if isinstance(row, Mapping) else enumerate(row))
     ]
-    metrics = [
+    logged = [
         Metric(_name(key), float(value), now, step)
         for key, value, step in single + points
         if _is_number(value)
     ]
-    params = [Param(_name(key), _text(value)) for key, value in entry.params.items()]
-    for some in _batches(metrics, METRICS):
+    told = [Param(_name(key), _text(value)) for key, value in params.items()]
+    for some in _batches(logged, METRICS):
         client.log_batch(run_id, metrics=some)
-    for some in _batches(params, PARAMS):
+    for some in _batches(told, PARAMS):
         client.log_batch(run_id, params=some)
 
 

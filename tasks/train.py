@@ -176,6 +176,32 @@ def new_model(architecture: Architecture, vocabulary: int) -> CausalLM:
     return model
 
 
+def new_gpt2(
+    *, vocabulary: int, context: int, blocks: int, width: int, heads: int, hidden: int, seed: int
+) -> CausalLM:
+    """A GPT-2 with random weights for a benchmark, the same for the same seed; no dropout.
+
+    Attention is plain matrix products: fused kernels have no forward-mode derivative.
+    """
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=context,
+        n_embd=width,
+        n_layer=blocks,
+        n_head=heads,
+        n_inner=hidden,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
 def train_model(
     model: CausalLM,
     sequences: Sequence[NDArray[np.int32]],

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from tasks.params import RunParams
+from tasks.params import RunParams, Runtime
 from tasks.store import StorageError
 
 STAGES = (
@@ -32,29 +33,39 @@ ARTIFACTS = Path("artifacts")
 EXPERIMENTS = Path(".dvc/tmp/exps")
 
 
+class HasRuntime(Protocol):
+    """The params of a run or of a benchmark, as far as they say where and how fast it works."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """The section `runtime`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class StageContext:
-    """All that a stage is told.
+class Context:
+    """What every stage is told, of a run or of a benchmark.
 
     Attributes:
-        run: name of the run, `params/<run>.yaml`.
+        run: name of the run or benchmark.
         stage: name of the stage.
-        params: the checked params; a stage reads the sections that `dvc.yaml` tracks for it.
+        params: the checked params.
         root: the checkout, where `dvc.yaml` is.
         fingerprint: sha256 of all that the stage's result depends on.
-        fit: the run whose fit this one uses; None: its own.
-        reads: stages whose artefacts `dvc.yaml` lists among the deps; None: not checked.
         tags: where this execution comes from, for MLflow: Prefect ids, DVC experiment.
     """
 
     run: str
     stage: str
-    params: RunParams
+    params: HasRuntime
     root: Path
     fingerprint: str
-    fit: str | None = None
-    reads: tuple[str, ...] | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def module(self) -> str:
+        """Where the code of the stage is: its `run` is given this context."""
+        return f"tasks.{self.stage}"
 
     @property
     def work(self) -> Path:
@@ -70,6 +81,30 @@ class StageContext:
     def published(self) -> Path:
         """Where `out` goes."""
         return self.root / ARTIFACTS / self.run / self.stage
+
+    @property
+    def elsewhere(self) -> Mapping[str, Path]:
+        """Files of `out` that go to a place of their own: where to, by name."""
+        return {}
+
+    def input(self, path: str) -> Path:
+        """The place of a path in the params file, which starts at the project's root."""
+        return self.root / path
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext(Context):
+    """All that a stage of a run is told.
+
+    Attributes:
+        params: those of `params/<run>.yaml`; a stage reads the sections that `dvc.yaml` tracks.
+        fit: the run whose fit this one uses; None: its own.
+        reads: stages whose artefacts `dvc.yaml` lists among the deps; None: not checked.
+    """
+
+    params: RunParams
+    fit: str | None = None
+    reads: tuple[str, ...] | None = None
 
     def artifact(self, stage: str) -> Path:
         """The folder that an earlier stage of this run, or of the run whose fit it uses, wrote.
@@ -91,18 +126,15 @@ class StageContext:
             )
         return folder
 
-    def input(self, path: str) -> Path:
-        """The place of a path in the params file, which starts at the project's root."""
-        return self.root / path
-
 
 def find_root(start: Path) -> Path:
     """The nearest folder with a `dvc.yaml`, from `start` upwards.
 
-    Never the place of this file: under `dvc exp run --temp`, the checkout is another.
+    Never the place of this file: under `dvc exp run --temp`, the checkout is another. The
+    `dvc.yaml` of the benchmarks, in a folder beside the root's own, is passed over.
     """
     for folder in (start.resolve(), *start.resolve().parents):
-        if (folder / "dvc.yaml").is_file():
+        if (folder / "dvc.yaml").is_file() and not (folder.parent / "dvc.yaml").is_file():
             return folder
     raise ValueError(f"no dvc.yaml in {start} or above it; change to the project's folder")
 
@@ -115,7 +147,7 @@ def outer_root(root: Path) -> Path:
     return root
 
 
-def prepare(context: StageContext) -> None:
+def prepare(context: Context) -> None:
     """Make the stage's folders: earlier partial results stay, an earlier `out` goes."""
     try:
         shutil.rmtree(context.out, ignore_errors=True)
@@ -128,12 +160,17 @@ def prepare(context: StageContext) -> None:
         ) from error
 
 
-def publish(context: StageContext) -> None:
+def publish(context: Context) -> None:
     """Make `out` the stage's artefact by one rename, and remove the partial results."""
     target = context.published
     if not any(context.out.iterdir()):
         raise ValueError(f"stage {context.stage} wrote nothing to {context.out}")
+    if missing := [name for name in context.elsewhere if not (context.out / name).is_file()]:
+        raise ValueError(f"stage {context.stage} wrote no {', '.join(missing)} to {context.out}")
     try:
+        for name, place in context.elsewhere.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (context.out / name).replace(place)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             shutil.rmtree(target)

@@ -167,6 +167,7 @@ def make_bare_checkout(path: Path, server: str) -> BareCheckout:
         deps[:] = [dep for dep in deps if dep.endswith(KEPT) or not dep.startswith("artifacts/")]
     for entries in active.values():
         entries.pop("tinystories", None)
+    active["benchmarks"].clear()
     store.write_text(path / "dvc.yaml", yaml_text(pipeline))
     store.write_text(path / "params/active.yaml", yaml_text(active))
     (path.parent / "sitecustomize.py").write_text(LISTENER)

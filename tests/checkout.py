@@ -16,11 +16,15 @@ from pathlib import Path
 import psutil
 
 from flows.closure import write_deps
+from tasks.validation.context import FIGURES, RESULT, SCORES
 from tasks.workspace import STAGES, WORK
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("flows", "influence", "params", "tasks", "data")
-FILES = ("dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore")
+FILES = (
+    *("dvc.yaml", "validation/dvc.yaml", "pyproject.toml"),
+    *(".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"),
+)
 HOLD = "hold"  # while a file of this name is at the root, shards from the third on wait
 READS = {
     "tokenize": ["train"],
@@ -34,7 +38,18 @@ READS = {
     "validate": ["score"],
     "report": ["validate"],
 }
-PARAMS = {"tokenize": "context.params.tokenize.mode", "query": "context.params.query.damping"}
+PARAMS = {
+    "tokenize": "context.params.tokenize.mode",
+    "query": "context.params.query.damping",
+    "benchmark": "context.params.damping",
+}
+OUTS = {
+    "validate": (
+        *("baselines.parquet", "recall.json", "metrics.json"),
+        *("spectra.png", "split_half.png", "baselines.png"),
+    ),
+    "benchmark": (RESULT, SCORES, *FIGURES),
+}
 TOY = '''"""Toy stage."""
 
 from pathlib import Path
@@ -47,7 +62,7 @@ from tasks.workspace import StageContext
 def run(context: StageContext) -> None:
     told = [store.digest(context.artifact(name)) for name in {reads!r}]
     told.append(str({param}))
-    shards = split(40, context.params.runtime.shards)
+    shards = split(40, {shards})
     parts = map_shards(context, compute, shards, suffix=".json", told=told)
     for name in {outs!r}:
         store.write_json(context.out / name, [store.read_json(part) for part in parts])
@@ -112,13 +127,13 @@ class Checkout:
         """`python -m flows.pipeline`."""
         return self.run("python", "-m", "flows.pipeline", run, "--until", until)
 
-    def shards(self, stage: str) -> list[Path]:
+    def shards(self, stage: str, run: str = "smoke") -> list[Path]:
         """Files of finished shards that a stage left in `.work/`."""
-        return sorted((self.path / WORK).glob(f"smoke-{stage}-*/*-of-*"))
+        return sorted((self.path / WORK).glob(f"{run}-{stage}-*/*-of-*"))
 
-    def artifact(self, stage: str) -> Path:
+    def artifact(self, stage: str, run: str = "smoke") -> Path:
         """A stage's published folder."""
-        return self.path / "artifacts" / "smoke" / stage
+        return self.path / "artifacts" / run / stage
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replace text in a file."""
@@ -159,12 +174,11 @@ def make_checkout(path: Path, server: str | None = None, toy: bool = False) -> C
 
 
 def _write_toys(path: Path) -> None:
-    for stage in STAGES:
+    for stage in (*STAGES, "benchmark"):
         reads, param = READS.get(stage, []), PARAMS.get(stage, "0")
-        outs = ["baselines.parquet", "recall.json", "metrics.json"]
-        outs += ["spectra.png", "split_half.png", "baselines.png"]
-        outs = outs if stage == "validate" else ["out.json"]
-        text = TOY.format(reads=reads, param=param, outs=outs)
+        outs = OUTS.get(stage, ("out.json",))
+        shards = 4 if stage == "benchmark" else "context.params.runtime.shards"
+        text = TOY.format(reads=reads, param=param, outs=outs, shards=shards)
         (path / "tasks" / f"{stage}.py").write_text(text)
     write_deps(path)
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FIELDS = {"name", "prompt", "completion", "source", "category", "note"}
+EMBEDDED = ("models", "tinystories", "uci", "mnist")
 STORIES = {"first1000": 1000, "val_slice": 3117, "test_slice": 3118}
 
 
@@ -37,14 +38,12 @@ def encoded(tokenizer, text: str) -> list[int]:
 def test_every_embedded_file_has_the_checksum_of_the_readme(root: Path):
     data = root / "data"
     row = re.compile(
-        r"^\| `((?:models|tinystories)/\S+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|", re.MULTILINE
+        rf"^\| `((?:{'|'.join(EMBEDDED)})/\S+)` \| ([\d,]+) \| `([0-9a-f]{{64}})` \|", re.MULTILINE
     )
     listed = {
         name: digest for name, _, digest in row.findall((data / "README.md").read_text("utf-8"))
     }
-    files = [
-        p for folder in ("models", "tinystories") for p in (data / folder).rglob("*") if p.is_file()
-    ]
+    files = [p for folder in EMBEDDED for p in (data / folder).rglob("*") if p.is_file()]
     found = {
         p.relative_to(data).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
     }
@@ -57,6 +56,25 @@ def test_stories_have_an_id_of_their_own_and_text(root: Path):
     rows = [row for part in stories.values() for row in part]
     assert all(row["text"].strip() for row in rows)
     assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(("name", "rows", "columns"), [("concrete", 1030, 9), ("energy", 768, 9)])
+def test_tables_are_finite_numbers(root: Path, name: str, rows: int, columns: int):
+    lines = gzip.decompress((root / f"data/uci/{name}/data.csv.gz").read_bytes()).decode().split()
+    numbers = torch.tensor([[float(number) for number in line.split(",")] for line in lines])
+    assert numbers.shape == (rows, columns)
+    assert numbers.isfinite().all()
+
+
+def test_mnist_is_ten_thousand_labelled_images(root: Path):
+    folder = root / "data/mnist"
+    images = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes())
+    sizes = [int.from_bytes(images[at : at + 4], "big") for at in (4, 8, 12)]
+    assert sizes == [10_000, 28, 28]
+    assert len(images) == 16 + 10_000 * 28 * 28
+    assert len(labels) == 8 + 10_000
+    assert list(labels[8:18]) == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]  # as MNIST is known to begin
 
 
 @pytest.mark.parametrize("name", ["tinystories", "smoke"])

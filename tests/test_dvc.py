@@ -10,8 +10,11 @@ from ruamel.yaml import YAML
 
 from flows import closure
 from tasks import dvcstage
-from tasks.active import FIT_SECTIONS, load_active
-from tasks.params import load_params
+from tasks.active import FIT_SECTIONS, VALIDATION, load_active
+from tasks.params import load_params, run_names
+from tasks.validation.activation import check_active_benchmark, check_data
+from tasks.validation.context import FIGURES, SCORES
+from tasks.validation.settings import BenchmarkParams, benchmark_names, load_benchmark
 from tasks.workspace import FIT_STAGES, STAGES
 from tests.checkout import Checkout, make_checkout
 
@@ -118,6 +121,53 @@ def test_every_run_that_is_active_has_all_stages_with_its_inputs(root, run):
         assert inputs.get(stage, deps[0]) in deps
 
 
+@pytest.fixture(scope="module")
+def benchmark(root: Path) -> dict[str, Any]:
+    """The one stage of `validation/dvc.yaml`."""
+    (stage,) = YAML(typ="safe").load(root / VALIDATION)["stages"].items()
+    assert stage[0] == "validate"
+    assert stage[1]["foreach"] == "${benchmarks}"
+    return stage[1]["do"]
+
+
+def test_the_stage_of_benchmarks_runs_at_the_root_and_keeps_its_numbers_in_git(benchmark):
+    assert benchmark["wdir"] == ".."
+    assert benchmark["cmd"] == "exec python -m flows.stage validate ${key}"
+    assert benchmark["metrics"] == [{"docs/results/${key}.json": {"cache": False}}]
+    assert benchmark["outs"] == [f"artifacts/${{key}}/validate/{SCORES}"]
+    assert benchmark["plots"] == [f"artifacts/${{key}}/validate/{name}" for name in FIGURES]
+
+
+def test_a_benchmark_tracks_all_of_its_params_but_runtime(benchmark):
+    (tracked,) = benchmark["params"]
+    keys = tracked["params/benchmarks/${key}.yaml"]
+    assert set(keys) == set(BenchmarkParams.model_fields) - {"runtime"}
+
+
+def test_the_code_of_a_benchmark_is_its_deps(root, benchmark):
+    code = closure.code_of_stage(root, "benchmark")
+    assert {"tasks/benchmark.py", "tasks/validation/settings.py"} <= set(code)
+    assert benchmark["deps"] == [*code, "${item.data}"]
+
+
+def test_every_benchmark_loads_and_the_active_ones_have_their_data(root):
+    active = set(load_active(root).benchmarks)
+    assert active <= set(benchmark_names(root))
+    for name in benchmark_names(root):
+        params = load_benchmark(root, name)
+        if name in active:
+            check_active_benchmark(root, name, params)
+            check_data(root, name, params)
+            deps, outs = dvcstage.tracked_paths(root, "validate", name)
+            assert load_active(root).benchmarks[name].data in deps
+            assert f"docs/results/{name}.json" in outs
+            assert f"params/benchmarks/{name}.yaml:seeds" in deps
+
+
+def test_no_run_has_the_name_of_a_benchmark(root):
+    assert not set(run_names(root)) & set(benchmark_names(root))
+
+
 def test_a_stage_that_dvc_does_not_have_is_told_how_to_get(root):
     runtime = load_params(root, "smoke").runtime
     with pytest.raises(ValueError, match=r"no stage train@gone.*flows activate gone"):
@@ -198,6 +248,13 @@ def test_writing_the_deps_repairs_them_and_keeps_the_rest(toy):
     assert toy.run("python", "-m", "flows", "deps").returncode == 1
     assert toy.run("python", "-m", "flows", "deps", "--write").returncode == 0
     assert (toy.path / "dvc.yaml").read_text() == before
+    before = (toy.path / VALIDATION).read_text()
+    toy.edit(str(VALIDATION), "        - tasks/shards.py\n", "        - tasks/report.py\n")
+    stale = closure.stale_deps(toy.path)
+    told = "lacks tasks/shards.py, has tasks/report.py too much"
+    assert stale == {"validation/dvc.yaml:validate": told}
+    closure.write_deps(toy.path)
+    assert (toy.path / VALIDATION).read_text() == before
 
 
 def test_dvc_itself_reads_the_pipeline(toy):
@@ -207,3 +264,6 @@ def test_dvc_itself_reads_the_pipeline(toy):
     done = toy.run("dvc", "stage", "list", "--name-only")
     names = done.stdout.split()
     assert sorted(names) == sorted(f"{stage}@{run}" for stage in STAGES for run in RUNS)
+    done = toy.run("dvc", "stage", "list", "--name-only", str(VALIDATION))
+    names = {f"{VALIDATION}:validate@{name}" for name in load_active(toy.path).benchmarks}
+    assert set(done.stdout.split()) == names

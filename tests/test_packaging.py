@@ -11,7 +11,11 @@ import pytest
 
 from tests.test_architecture import DOORS, PACKAGES
 
-DISTRIBUTION = {"ruamel": "ruamel-yaml"}  # where a dependency has another name than its import
+DISTRIBUTION = {  # where a dependency has another name than its import
+    "ruamel": "ruamel-yaml",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+}
 WITH_AN_EXTRA = {"distributed", "ray"}  # they come with prefect-dask and prefect-ray
 NOT_IMPORTED = {"fastapi"}  # declared only to hold a version down; pyproject.toml says why
 

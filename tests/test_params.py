@@ -210,8 +210,9 @@ def test_activate_adds_a_run_keeps_comments_and_is_idempotent(project):
         active.check_active(project, "mine", load_params(project, "mine"))
     before = (project / "params/active.yaml").read_text()
     assert active.activate(project, "mine")
+    entry = "  mine:\n    queries: data/queries/tinystories.jsonl\n    fit: tinystories\n"
     after = (project / "params/active.yaml").read_text()
-    assert after.startswith(before)  # the comments stay
+    assert after == before.replace("benchmarks:\n", f"{entry}benchmarks:\n")  # comments stay
     assert not active.activate(project, "mine")
     assert active.check_active(project, "mine", load_params(project, "mine")) == "tinystories"
 

@@ -299,9 +299,9 @@ def repository(tmp_path: Path) -> Path:
     ],
 )
 def test_a_run_is_dirty_when_code_or_its_params_differ_from_the_commit(repository, path, dirty):
-    clean = lineage.git_tags(repository, "small")
+    clean = lineage.git_tags(repository, Path("params/small.yaml"))
     (repository / path).write_text("2\n")
-    found = lineage.git_tags(repository, "small")
+    found = lineage.git_tags(repository, Path("params/small.yaml"))
     assert len(found["git.commit"]) == 40
     assert clean == {"git.commit": found["git.commit"], "git.dirty": "false"}
     assert found["git.dirty"] == dirty
@@ -310,7 +310,10 @@ def test_a_run_is_dirty_when_code_or_its_params_differ_from_the_commit(repositor
 
 def test_without_a_commit_nothing_is_claimed(tmp_path):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    assert lineage.git_tags(tmp_path, "small") == {"git.commit": "none", "git.dirty": "unknown"}
+    assert lineage.git_tags(tmp_path, Path("params/small.yaml")) == {
+        "git.commit": "none",
+        "git.dirty": "unknown",
+    }
 
 
 @pytest.mark.parametrize(

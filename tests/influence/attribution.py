@@ -13,7 +13,7 @@ from influence.layers import Layer
 from influence.queries import Query, prepare, query_gradients
 from influence.scores import influence, stream
 from influence.sequences import TokenBatch
-from influence.solver import Solver
+from influence.solver import LayerSolver
 from influence.spectrum import fit_spectra
 from tests.influence import models
 
@@ -44,7 +44,7 @@ def fit(
 def score(
     model: nn.Module,
     layers: Sequence[Layer],
-    solvers: Mapping[str, Solver],
+    solvers: Mapping[str, LayerSolver],
     batches: Sequence[TokenBatch],
     damping: Damping,
     rank: int | None = None,

@@ -1,0 +1,109 @@
+"""What a model's outputs say of a target: the loss, its curvature, its divergence, its draws.
+
+All work on rows: one row of outputs for each target, whatever example the row belongs to. Both
+losses are matching losses, so the Hessian by the outputs does not depend on the target, and the
+Gauss-Newton matrix is the Fisher matrix (Grosse et al. 2023, §2.3; Martens 2020).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """p(target | outputs), by its negative logarithm in nats."""
+
+    def loss(self, outputs: Float[Tensor, "m c"], targets: Tensor) -> Float[Tensor, " m"]:
+        """−log p(target | outputs) of each row, up to a constant."""
+        ...
+
+    def sample(self, outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Tensor:
+        """A target for each row, drawn from the model by inverse transform of `uniform`."""
+        ...
+
+    def num_uniforms(self, num_outputs: int) -> int:
+        """How many uniforms (k) a draw of one row takes."""
+        ...
+
+    def curvature(
+        self, outputs: Float[Tensor, "m c"], tangents: Float[Tensor, "*k m c"]
+    ) -> Float[Tensor, "*k m c"]:
+        """H_ŷ u: the Hessian of the loss by the outputs, times tangents."""
+        ...
+
+    def divergence(
+        self, outputs: Float[Tensor, "m c"], before: Float[Tensor, "m c"]
+    ) -> Float[Tensor, " m"]:
+        """Bregman divergence of the loss between two outputs (Grosse et al. 2023, Eq. 8)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """Outputs are logits over classes, a target is a class."""
+
+    def loss(self, outputs: Float[Tensor, "m c"], targets: Tensor) -> Float[Tensor, " m"]:
+        """Cross-entropy, in float32 at least."""
+        outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def sample(self, outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Tensor:
+        """A class for each row."""
+        # Inverse transform in float64: rounding must not move a draw over a boundary.
+        cumulative = outputs.double().softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, uniform[:, :1], right=True).squeeze(-1)
+        return drawn.clamp(max=outputs.shape[-1] - 1)
+
+    def num_uniforms(self, num_outputs: int) -> int:
+        """One, however many classes."""
+        return 1
+
+    def curvature(
+        self, outputs: Float[Tensor, "m c"], tangents: Float[Tensor, "*k m c"]
+    ) -> Float[Tensor, "*k m c"]:
+        """(diag p − p pᵀ) u."""
+        p = outputs.softmax(dim=-1)
+        weighted = p * tangents
+        return weighted - p * weighted.sum(dim=-1, keepdim=True)
+
+    def divergence(
+        self, outputs: Float[Tensor, "m c"], before: Float[Tensor, "m c"]
+    ) -> Float[Tensor, " m"]:
+        """KL(p_before ‖ p): independent of the labels."""
+        old, new = before.log_softmax(dim=-1), outputs.log_softmax(dim=-1)
+        return (old.exp() * (old - new)).sum(dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Gaussian:
+    """Outputs are the means of normal targets with unit variance: squared loss."""
+
+    def loss(self, outputs: Float[Tensor, "m c"], targets: Tensor) -> Float[Tensor, " m"]:
+        """½‖ŷ − y‖²."""
+        return (outputs - targets).square().sum(dim=-1) / 2
+
+    def sample(self, outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Tensor:
+        """ŷ plus standard normal noise."""
+        # Half a step of the 53-bit grid keeps 0 from becoming −∞; added to the last step below 1
+        # it would round up to 1, and that to ∞.
+        return outputs + torch.special.ndtri(uniform.clamp(min=2.0**-54)).to(outputs.dtype)
+
+    def num_uniforms(self, num_outputs: int) -> int:
+        """One for each output."""
+        return num_outputs
+
+    def curvature(
+        self, outputs: Float[Tensor, "m c"], tangents: Float[Tensor, "*k m c"]
+    ) -> Float[Tensor, "*k m c"]:
+        """u itself."""
+        return tangents
+
+    def divergence(
+        self, outputs: Float[Tensor, "m c"], before: Float[Tensor, "m c"]
+    ) -> Float[Tensor, " m"]:
+        """½‖ŷ − ŷ_before‖²."""
+        return (outputs - before).square().sum(dim=-1) / 2

@@ -1,0 +1,1 @@
+"""Ground truth and rivals: exact Gauss-Newton, PBRF, LiSSA, ASTRA, retraining."""

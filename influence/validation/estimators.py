@@ -1,0 +1,148 @@
+"""The curvature that all estimators share: one fit, and what each makes of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from influence.damping import Damping
+from influence.eigenbasis import Eigen, EigenBasis, eigendecompose
+from influence.ekfac import EKFACBlock, kfac_eigenvalues
+from influence.examples import Batch
+from influence.factors import Factors, fit_factors
+from influence.layers import Layer
+from influence.solver import Blockwise, GradientDot
+from influence.spectrum import fit_spectra
+
+LABELS_APART = 1_000_003  # between the seeds of draws that must be independent
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """EK-FAC of every layer, fitted on all given examples; other estimators are cut from it.
+
+    `positions` is how many loss-carrying positions an example has, on average, by layer: K-FAC's
+    factors are per position, and G is per example.
+    """
+
+    layers: tuple[Layer, ...]
+    eigens: Mapping[str, tuple[Eigen, Eigen]]
+    ekfac: Mapping[str, EKFACBlock]
+    positions: Mapping[str, float]
+
+    def dampings(self, damping: Damping) -> dict[str, float]:
+        """λ_ℓ, from the corrected eigenvalues: one damping for all estimators."""
+        return {name: damping.of(block.eigenvalues) for name, block in self.ekfac.items()}
+
+    def kfac(self) -> dict[str, EKFACBlock]:
+        """The same eigenbases with uncorrected eigenvalues T · Λ_S ⊗ Λ_A."""
+        return {
+            name: EKFACBlock(block.basis, kfac_eigenvalues(A, S, self.positions[name]).to(like))
+            for name, block in self.ekfac.items()
+            for A, S in [self.eigens[name]]
+            for like in [block.eigenvalues]
+        }
+
+
+def fit_curvature(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    seed: int,
+    draws: int = 1,
+    blocks: int = 1,
+) -> Curvature:
+    """A, S, their eigenbases and Λ, with labels sampled from the model.
+
+    Args:
+        model: in evaluation mode.
+        layers: the attributed layers.
+        batches: the examples.
+        seed: of the labels.
+        draws: labels sampled for each position; more cost more passes and lower the noise.
+        blocks: O of App. A of the paper: A and S are cut into O diagonal blocks each.
+    """
+    seeds = [seed + LABELS_APART * draw for draw in range(2 * draws)]
+    factors = _fit_draws(model, layers, batches, seeds[:draws])
+    eigens, bases = {}, {}
+    parameter = next(model.parameters())
+    for layer in layers:
+        pair = factors.of(layer)
+        eigens[layer.name] = (
+            eigendecompose_blocks(pair.A.value, blocks, f"A/{layer.input_group}"),
+            eigendecompose_blocks(pair.S.value, blocks, f"S/{layer.name}"),
+        )
+        A, S = eigens[layer.name]
+        bases[layer.name] = EigenBasis(A.vectors, S.vectors).to(parameter.dtype, parameter.device)
+    spectra = None
+    for each in seeds[draws:]:
+        found = fit_spectra(model, layers, bases, batches, each)
+        spectra = found if spectra is None else {n: spectra[n] + found[n] for n in found}
+    assert spectra is not None
+    num_examples = draws * sum(len(batch.ids) for batch in batches)
+    return Curvature(
+        tuple(layers),
+        eigens,
+        {
+            name: EKFACBlock(bases[name], spectrum.values.to(parameter))
+            for name, spectrum in spectra.items()
+        },
+        {layer.name: factors.of(layer).S.num_tokens / num_examples for layer in layers},
+    )
+
+
+def fit_diagonal(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], seed: int, draws: int = 1
+) -> dict[str, EKFACBlock]:
+    """The diagonal Fisher matrix: Λ in the basis of the parameters themselves."""
+    parameter = next(model.parameters())
+    bases = {
+        layer.name: EigenBasis(torch.eye(layer.d_in), torch.eye(layer.d_out)).to(
+            parameter.dtype, parameter.device
+        )
+        for layer in layers
+    }
+    seeds = [seed + LABELS_APART * draw for draw in range(draws, 2 * draws)]
+    spectra = None
+    for each in seeds:
+        found = fit_spectra(model, layers, bases, batches, each)
+        spectra = found if spectra is None else {n: spectra[n] + found[n] for n in found}
+    assert spectra is not None
+    return {
+        name: EKFACBlock(bases[name], spectrum.values.to(parameter))
+        for name, spectrum in spectra.items()
+    }
+
+
+def gradient_dot(layers: Sequence[Layer]) -> Blockwise:
+    """(G + λ)⁻¹ replaced by the identity."""
+    return Blockwise({layer.name: GradientDot() for layer in layers})
+
+
+def eigendecompose_blocks(matrix: Float[Tensor, "d d"], blocks: int, name: str) -> Eigen:
+    """Eigendecomposition of the `blocks` diagonal blocks of a matrix (Grosse et al. 2023, App. A).
+
+    The eigenvectors come back as one matrix, block-diagonal; sizes differ by one at most. The
+    coordinate of a bias belongs to the last block.
+    """
+    if not 1 <= blocks <= len(matrix):
+        raise ValueError(f"{blocks} blocks of a matrix of {len(matrix)} rows; give 1 to that many")
+    parts = [
+        eigendecompose(matrix[rows][:, rows], name)
+        for rows in torch.arange(len(matrix), device=matrix.device).tensor_split(blocks)
+    ]
+    return Eigen(
+        torch.cat([part.values for part in parts]),
+        torch.block_diag(*[part.vectors for part in parts]),
+    )
+
+
+def _fit_draws(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], seeds: Sequence[int]
+) -> Factors:
+    first, *others = [fit_factors(model, layers, batches, seed) for seed in seeds]
+    for other in others:
+        first = first + other
+    return first

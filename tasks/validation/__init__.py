@@ -1,0 +1,1 @@
+"""Benchmarks: models small enough for the ground truth, and estimators held against it."""

@@ -1,0 +1,109 @@
+"""Loss, curvature, divergence and draws of the two likelihoods, from their definitions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Categorical, Normal
+
+from influence.likelihoods import Gaussian, Likelihood, Softmax
+from tests.influence import validation_oracles as oracles
+
+KINDS = {
+    "softmax": (Softmax(), oracles.cross_entropy),
+    "gaussian": (Gaussian(), oracles.half_squared_error),
+}
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def targets_of(kind: str, seed: int, m: int, c: int) -> torch.Tensor:
+    if kind == "gaussian":
+        return normal(seed, m, c)
+    return torch.randint(c, (m,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_are_likelihoods(kind):
+    assert isinstance(KINDS[kind][0], Likelihood)
+
+
+def test_the_loss_is_minus_the_log_probability_of_torchs_distributions():
+    outputs, classes, values = normal(0, 5, 3), torch.tensor([0, 2, 1, 1, 0]), normal(1, 5, 3)
+    torch.testing.assert_close(
+        Softmax().loss(outputs, classes), -Categorical(logits=outputs).log_prob(classes)
+    )
+    constant = 3 / 2 * math.log(2 * math.pi)
+    torch.testing.assert_close(
+        Gaussian().loss(outputs, values) + constant,
+        -Normal(outputs, torch.ones(()).double()).log_prob(values).sum(dim=1),
+    )
+
+
+@given(st.sampled_from(list(KINDS)), st.integers(2, 5), st.integers(0, 99))
+def test_curvature_times_tangents_is_the_hessian_of_the_loss_times_tangents(kind, c, seed):
+    """For any target, and tangents with axes in front."""
+    likelihood, loss = KINDS[kind]
+    outputs, tangents = 2 * normal(seed, 3, c), normal(seed + 1, 2, 3, c)
+    got = likelihood.curvature(outputs, tangents)
+    for row, target in enumerate(targets_of(kind, seed, 3, c)):
+        H = oracles.loss_hessian(loss, outputs[row], target)
+        torch.testing.assert_close(got[:, row], tangents[:, row] @ H, rtol=1e-9, atol=1e-12)
+
+
+@given(st.sampled_from(list(KINDS)), st.integers(2, 5), st.integers(0, 99))
+def test_the_divergence_is_the_bregman_divergence_of_the_loss(kind, c, seed):
+    """Eq. 8, which is not symmetric, with a target of its own in every row."""
+    likelihood, loss = KINDS[kind]
+    after, before = 2 * normal(seed, 3, c), 2 * normal(seed + 1, 3, c)
+    got = likelihood.divergence(after, before)
+    for row, target in enumerate(targets_of(kind, seed, 3, c)):
+        wanted = oracles.bregman(loss, after[row], before[row], target)
+        torch.testing.assert_close(got[row], wanted, rtol=1e-9, atol=1e-12)
+    assert (got > 0).all()
+    assert likelihood.divergence(before, before).abs().max() < 1e-12
+
+
+def test_the_divergence_by_its_definition_is_the_same_for_every_label():
+    """So a single one without labels may stand for it."""
+    after, before = normal(0, 4), normal(1, 4)
+    found = [
+        oracles.bregman(oracles.cross_entropy, after, before, torch.tensor(y)) for y in range(4)
+    ]
+    torch.testing.assert_close(torch.stack(found), found[0].expand(4), rtol=1e-12, atol=1e-12)
+
+
+def test_classes_are_drawn_as_often_as_the_model_says():
+    n, logits = 40_000, torch.tensor([1.0, -0.5, 0.3, -2.0], dtype=torch.float64)
+    uniform = torch.rand(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = Softmax().sample(logits.expand(n, -1), uniform)
+    p = logits.softmax(0)
+    errors = (drawn.bincount(minlength=4) / n - p).abs() / (p * (1 - p) / n).sqrt()
+    assert errors.max() < 4  # standard errors
+    assert Softmax().num_uniforms(4) == 1
+
+
+def test_values_are_drawn_around_the_outputs_with_unit_variance():
+    n, means = 40_000, torch.tensor([3.0, -1.0], dtype=torch.float64)
+    uniform = torch.rand(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = Gaussian().sample(means.expand(n, -1), uniform) - means
+    assert noise.mean(0).abs().max() < 4 / math.sqrt(n)
+    assert (noise.T @ noise / n - torch.eye(2)).abs().max() < 4 * math.sqrt(2 / n)
+    assert (noise**4).mean(0).sub(3).abs().max() < 4 * math.sqrt(96 / n)  # normal, not any other
+    assert Gaussian().num_uniforms(2) == 2
+
+
+def test_the_ends_of_the_uniforms_give_finite_draws():
+    """Counters give 0 and 1 − 2⁻⁵³ now and then."""
+    ends = torch.tensor([[0.0, 1 - 2.0**-53]], dtype=torch.float64)
+    drawn = Gaussian().sample(torch.zeros(1, 2, dtype=torch.float64), ends)
+    assert drawn.isfinite().all()
+    assert drawn[0, 0] < -8
+    assert drawn[0, 1] > 8
+    assert Softmax().sample(torch.zeros(1, 3).double(), ends[:, :1]).item() == 0
+    assert Softmax().sample(torch.zeros(1, 3).double(), ends[:, 1:]).item() == 2
