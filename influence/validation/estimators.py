@@ -62,7 +62,8 @@ def fit_curvature(
         batches: the examples.
         seed: of the labels.
         draws: labels sampled for each position; more cost more passes and lower the noise.
-        blocks: O of App. A of the paper: A and S are cut into O diagonal blocks each.
+        blocks: O of App. A of the paper: A and S are cut into O diagonal blocks each, and one of
+            fewer rows, such as S of a single output, into its rows.
     """
     seeds = [seed + LABELS_APART * draw for draw in range(2 * draws)]
     factors = _fit_draws(model, layers, batches, seeds[:draws])
@@ -71,8 +72,8 @@ def fit_curvature(
     for layer in layers:
         pair = factors.of(layer)
         eigens[layer.name] = (
-            eigendecompose_blocks(pair.A.value, blocks, f"A/{layer.input_group}"),
-            eigendecompose_blocks(pair.S.value, blocks, f"S/{layer.name}"),
+            eigendecompose_blocks(pair.A.value, min(blocks, layer.d_in), f"A/{layer.input_group}"),
+            eigendecompose_blocks(pair.S.value, min(blocks, layer.d_out), f"S/{layer.name}"),
         )
         A, S = eigens[layer.name]
         bases[layer.name] = EigenBasis(A.vectors, S.vectors).to(parameter.dtype, parameter.device)

@@ -30,8 +30,10 @@ class Nystrom:
         like = curvature.layout.current()
         generator = torch.Generator().manual_seed(seed)
         columns = min(columns, len(like))
-        random = torch.randn(len(like), columns, generator=generator, dtype=torch.float64)
-        omega = torch.linalg.qr(random)[0].T.to(like)
+        omega = torch.randn(columns, len(like), generator=generator, dtype=like.dtype)
+        omega /= len(like) ** 0.5  # rows of a wide Gaussian matrix are nearly orthonormal
+        if 2 * columns > len(like):
+            omega = torch.linalg.qr(omega.T)[0].T.contiguous()
         sketch = curvature.product(omega)
         # The shift keeps the core positive definite where G's rank is below the sketch's.
         shift = torch.finfo(like.dtype).eps * float(sketch.norm()) * columns**0.5

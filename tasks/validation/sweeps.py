@@ -37,8 +37,6 @@ def sweep(
             name: LowRank.of(V, rank).dense() for name, V in full.items()
         }
     for blocks in given.splits:
-        if blocks > min(min(layer.d_in, layer.d_out) for layer in subject.layers):
-            continue  # a layer with one output has no two blocks
         split = fit_curvature(
             subject.model, subject.layers, subject.batches(), seed, given.draws, blocks
         )
@@ -79,7 +77,9 @@ def memory_share(subject: Subject, blocks: int) -> float:
 
     def numbers(parts: int) -> float:
         return sum(
-            (layer.d_in**2 + layer.d_out**2) / parts + layer.d_in * layer.d_out
+            layer.d_in**2 / min(parts, layer.d_in)
+            + layer.d_out**2 / min(parts, layer.d_out)
+            + layer.d_in * layer.d_out
             for layer in subject.layers
         )
 
