@@ -1,5 +1,7 @@
 """Progress: what is told of a map of shards, and the bar in Prefect's UI."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,3 +173,28 @@ def test_a_server_that_refuses_the_bar_never_stops_the_work(monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines() == [
         "the progress bar in Prefect's UI stands still (database is locked); the work goes on"
     ]
+
+
+def test_who_listened_may_go_and_the_work_goes_on():
+    """A worker that is killed leaves a broken pipe as the standard output of what it had begun."""
+    code = (
+        "import sys; from tasks.progress import say\n"
+        "sys.stdin.readline()\n"
+        "for _ in range(3): say('a line')\n"
+        "sys.stderr.write('to the end')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write("go\n")
+        process.stdin.close()
+        assert process.stderr.read() == "to the end"
+    assert process.returncode == 0

@@ -1,7 +1,7 @@
 """The exact Gauss-Newton matrix G = mean Jᵀ H_ŷ J (Grosse et al. 2023, Eq. 9), never formed.
 
-G couples all layers. A product costs one forward-mode and one reverse-mode pass; a system is solved
-by preconditioned conjugate gradients.
+G couples all layers. A product costs about three backward passes; a system is solved by
+preconditioned conjugate gradients.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence.examples import Batch
@@ -31,19 +31,23 @@ def outputs_at(
 
 
 def curvature_product(model: nn.Module, layout: Layout, batch: Batch, V: Vectors) -> Vectors:
-    """Σ_n J_nᵀ H_ŷ J_n v over the examples of a batch, for each of the vectors."""
+    """Σ_n J_nᵀ H_ŷ J_n v over the examples of a batch, for each of the vectors.
+
+    J v is the transpose of u ↦ Jᵀu, which is linear: reverse mode twice. Forward mode would cost
+    the same, but its levels are shared by all threads of a process, which may not use it at once.
+    """
 
     def outputs(parameters: Mapping[str, Tensor]) -> Tensor:
         return outputs_at(model, batch, parameters)
 
-    here = layout.parameters(layout.current())
-    values, pull_back, *_ = vjp(outputs, here)
+    values, pull_back, *_ = vjp(outputs, layout.parameters(layout.current()))
 
-    def push_forward(v: Tensor) -> Tensor:
-        return jvp(outputs, (here,), (layout.parameters(v),))[1]
+    def pulled_back(u: Tensor) -> Tensor:
+        return layout.from_parameters(pull_back(u)[0])
 
-    tangents = batch.likelihood.curvature(values, vmap(push_forward)(V))
-    return vmap(lambda u: layout.from_parameters(pull_back(u)[0]))(tangents)
+    push_forward = vjp(pulled_back, torch.zeros_like(values))[1]
+    tangents = batch.likelihood.curvature(values, vmap(lambda v: push_forward(v)[0])(V))
+    return vmap(pulled_back)(tangents)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from tests.influence import models
 from tests.influence import validation_cases as cases
 from tests.influence import validation_oracles as oracles
 
-DRAWS = 64
+DRAWS = 32
 
 
 def dense_basis(block) -> torch.Tensor:
@@ -35,7 +35,7 @@ def dense_block(case: cases.Case, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["regression", "classification", "images"])
 def test_the_eigenvalues_tend_to_the_diagonal_of_the_rotated_dense_matrix(name):
-    """Λ = diag(QᵀGQ), in the total within the error of 64 draws of 9 or 6 examples."""
+    """Λ = diag(QᵀGQ), in the total within the error of 32 draws of 9 or 6 examples."""
     case = cases.of(name)
     fitted = fit_curvature(case.model, case.layers, [case.data], 0, draws=DRAWS)
     for k, layer in enumerate(case.layers):
@@ -43,7 +43,7 @@ def test_the_eigenvalues_tend_to_the_diagonal_of_the_rotated_dense_matrix(name):
         Q = dense_basis(block)
         wanted = (Q.T @ dense_block(case, k) @ Q).diagonal()
         error = (block.eigenvalues.flatten() - wanted).norm() / wanted.norm()
-        assert error < 0.2
+        assert error < 0.25
         assert block.eigenvalues.sum().item() == pytest.approx(wanted.sum().item(), rel=0.15)
 
 
@@ -154,7 +154,7 @@ def test_the_diagonal_tends_to_the_diagonal_of_the_dense_matrix(name):
     for k, layer in enumerate(case.layers):
         wanted = dense_block(case, k).diagonal()
         got = diagonal[layer.name]
-        assert (got.eigenvalues.flatten() - wanted).norm() / wanted.norm() < 0.2
+        assert (got.eigenvalues.flatten() - wanted).norm() / wanted.norm() < 0.25
         V = torch.randn(layer.d_out, layer.d_in).double()
         solved = Blockwise({layer.name: got}).solve({layer.name: V[None]}, {layer.name: 0.3})
         torch.testing.assert_close(solved[layer.name][0], V / (got.eigenvalues + 0.3))

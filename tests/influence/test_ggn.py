@@ -105,7 +105,7 @@ def test_conjugate_gradients_say_when_they_stop_too_early():
     torch.testing.assert_close(found.residuals, true, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize("name", ["regression", "classification", "images", "mlp of tokens"])
 def test_the_exact_solve_is_the_dense_solve_with_another_damping_for_each_layer(name):
     case, V = cases.of(name), cases.of(name).vectors(2)
     wanted = oracles.damped_solve(case.G, case.damping_vector, V)

@@ -65,10 +65,10 @@ def test_an_alpha_ten_times_too_large_is_refused_and_named():
 @pytest.mark.parametrize("batch", [1, 3, 100])
 @pytest.mark.parametrize("make", [cases.regression, cases.classification])
 def test_the_alpha_of_the_schedule_does_not_diverge(make, batch):
-    """And with a hundred steps lands nearer to the inverse than to nothing."""
+    """And with forty steps lands nearer to the inverse than to nothing."""
     for seed in range(2):
         case = make(seed=10 * seed, number=12)
-        plan = schedule(case.curvature, case.dampings, 100, batch, seed)
+        plan = schedule(case.curvature, case.dampings, 40, batch, seed)
         assert plan.batch == min(batch, 12)
         assert plan.scale <= 1.05 / (
             torch.linalg.eigvalsh(case.G)[-1] + min(case.dampings.values())
@@ -76,7 +76,7 @@ def test_the_alpha_of_the_schedule_does_not_diverge(make, batch):
         V = case.vectors(2)
         got = LiSSA(case.curvature, plan, seed).solve(case.layout.blocks(V), case.dampings)
         wanted = oracles.damped_solve(case.G, case.damping_vector, V)
-        assert models.relative_error(case.layout.vector(got), wanted) < 0.8
+        assert models.relative_error(case.layout.vector(got), wanted) < 0.95
 
 
 def test_the_mean_over_seeds_of_a_stochastic_run_is_nearer_than_one_run():

@@ -146,6 +146,7 @@ def test_an_example_without_gradient_moves_nothing():
     ).select(torch.tensor([0, 1]))
     inverse = Nystrom.of(case.curvature, len(case.G), seed=0).inverse(case.dampings)
     found = respond(objective(case), inverse.apply, still, 0.1, 1e-8, 100)
+    assert found.converged.all()
     assert found.offsets[0].abs().max() < 1e-12
     assert found.offsets[1].abs().max() > 1e-3
     assert found.offsets.isfinite().all()
