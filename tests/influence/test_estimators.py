@@ -35,7 +35,8 @@ def dense_block(case: cases.Case, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["regression", "classification", "images"])
 def test_the_eigenvalues_tend_to_the_diagonal_of_the_rotated_dense_matrix(name):
-    """Λ = diag(QᵀGQ), in the total within the error of 32 draws of 9 or 6 examples."""
+    """Λ = diag(QᵀGQ). The bounds are two standard errors of 32 draws of 9 or 6 examples; the
+    last draw alone, or the same labels in every draw, are beyond them."""
     case = cases.of(name)
     fitted = fit_curvature(case.model, case.layers, [case.data], 0, draws=DRAWS)
     for k, layer in enumerate(case.layers):
@@ -43,8 +44,8 @@ def test_the_eigenvalues_tend_to_the_diagonal_of_the_rotated_dense_matrix(name):
         Q = dense_basis(block)
         wanted = (Q.T @ dense_block(case, k) @ Q).diagonal()
         error = (block.eigenvalues.flatten() - wanted).norm() / wanted.norm()
-        assert error < 0.25
-        assert block.eigenvalues.sum().item() == pytest.approx(wanted.sum().item(), rel=0.15)
+        assert error < 0.3
+        assert block.eigenvalues.sum().item() == pytest.approx(wanted.sum().item(), rel=0.25)
 
 
 def test_every_draw_of_the_spectrum_has_labels_of_its_own_and_counts_once():

@@ -70,9 +70,9 @@ def test_the_alpha_of_the_schedule_does_not_diverge(make, batch):
         case = make(seed=10 * seed, number=12)
         plan = schedule(case.curvature, case.dampings, 40, batch, seed)
         assert plan.batch == min(batch, 12)
-        assert plan.scale <= 1.05 / (
-            torch.linalg.eigvalsh(case.G)[-1] + min(case.dampings.values())
-        )
+        top, total = torch.linalg.eigvalsh(case.G)[-1], case.G.trace()
+        needed = 1 / (top + total / batch + max(case.dampings.values()))
+        assert plan.scale < 1.4 * needed  # eight probes know the trace within some 20 %
         V = case.vectors(2)
         got = LiSSA(case.curvature, plan, seed).solve(case.layout.blocks(V), case.dampings)
         wanted = oracles.damped_solve(case.G, case.damping_vector, V)
