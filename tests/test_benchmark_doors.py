@@ -134,7 +134,8 @@ def test_each_active_benchmark_has_a_deployment_that_is_filled_in(root):
 def test_make_validate_asks_dvc_for_one_or_all(root, given, target):
     command = ["make", "--dry-run", "validate", *given.split()]
     told = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    assert told.splitlines()[-2].endswith(f"dvc repro {VALIDATION}{target}")
+    ends = f"dvc repro {VALIDATION}{target}"  # a make above this one tells its folders too
+    assert any(line.endswith(ends) for line in told.splitlines())
 
 
 @pytest.fixture(scope="module")
