@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.solver import Blocks, Solver
 from influence.validation.ggn import GaussNewton, Vectors, top_eigenvalue
-from influence.validation.lissa import minibatches
+from influence.validation.minibatches import minibatches, worst_eigenvalue
 
 MOMENTUM = 0.9
+Operator = Callable[[Vectors], Vectors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,9 @@ class ASTRA:
         num_iterations: at most 200 in the published runs.
         batch: examples of a step.
         seed: of the minibatches.
+
+    Raises (by `solve`):
+        ValueError: if the iterations end further from a solution than they began.
     """
 
     curvature: GaussNewton
@@ -45,10 +50,12 @@ class ASTRA:
         def precondition(r: Vectors) -> Vectors:
             return layout.vector(self.preconditioner.solve(layout.blocks(r), dampings))
 
+        theta = precondition(v)
+        if not self.num_iterations:
+            return layout.blocks(theta)
         alpha = self.step_size(damping, precondition)
         examples = minibatches(self.curvature.num_examples, self.batch, self.seed)
-        theta = precondition(v)
-        velocity, mean = torch.zeros_like(v), torch.zeros_like(v)
+        start, velocity, mean = theta, torch.zeros_like(v), torch.zeros_like(v)
         first = self.num_iterations // 2
         for step in range(self.num_iterations):
             ahead = theta + MOMENTUM * velocity
@@ -57,13 +64,39 @@ class ASTRA:
             theta = theta + velocity
             if step >= first:
                 mean = mean + theta
-        return layout.blocks(mean / (self.num_iterations - first) if self.num_iterations else theta)
+        mean = mean / (self.num_iterations - first)
+        self._check(v, start, mean, damping, precondition)
+        return layout.blocks(mean)
 
-    def step_size(self, damping: Tensor, precondition: Callable[[Vectors], Vectors]) -> float:
-        """1 / σ_max of the preconditioned system of a minibatch, at most 1."""
-        places = next(minibatches(self.curvature.num_examples, self.batch, self.seed))
+    def step_size(self, damping: Tensor, precondition: Operator) -> float:
+        """1 / (σ + (σ_b − σ) / (1 − momentum)), at most 1.
 
-        def preconditioned(x: Vectors) -> Vectors:
-            return precondition(self.curvature.product(x, places) + damping * x)
+        σ is the top eigenvalue of the preconditioned system, σ_b the largest of a minibatch:
+        momentum carries the noise of a step through 1 / (1 − momentum) of them.
+        """
 
-        return min(1.0, 1 / top_eigenvalue(preconditioned, damping, self.seed, 0.05, 20))
+        def system(x: Vectors, examples: Int[Tensor, " b"] | None = None) -> Vectors:
+            return precondition(self.curvature.product(x, examples) + damping * x)
+
+        whole = top_eigenvalue(system, damping, self.seed, 0.05, 20)
+        worst = worst_eigenvalue(
+            system, damping, self.curvature.num_examples, self.batch, self.seed
+        )
+        return min(1.0, 1 / (whole + max(0.0, worst - whole) / (1 - MOMENTUM)))
+
+    def _check(
+        self, v: Vectors, start: Vectors, end: Vectors, damping: Tensor, precondition: Operator
+    ) -> None:
+        """Refuse an end that solves the system worse than the start did, and than 0 would."""
+
+        def error(theta: Vectors) -> Float[Tensor, " k"]:
+            residual = self.curvature.product(theta) + damping * theta - v
+            return (residual * precondition(residual)).sum(dim=1).sqrt()
+
+        before, after = torch.maximum(error(start), error(torch.zeros_like(v))), error(end)
+        if not bool((after <= before).all()):  # NaN is not
+            worst = (after / before).nan_to_num(torch.inf).max()
+            raise ValueError(
+                f"ASTRA diverges: after {self.num_iterations} steps its residual is {worst:.3g} "
+                f"times that of the start; raise the batch (now {self.batch}) or the damping"
+            )

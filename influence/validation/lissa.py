@@ -1,16 +1,14 @@
 """LiSSA: the inverse as a truncated Neumann series with minibatches (Agarwal et al. 2017; Koh and
 Liang 2017; Grosse et al. 2023, Eq. 10)."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from influence.solver import Blocks
 from influence.validation.ggn import GaussNewton, Vectors, top_eigenvalue, trace
+from influence.validation.minibatches import minibatches, worst_eigenvalue
 
 GROWTH = 10.0  # times what a convergent series can reach: past it, the series diverges
 
@@ -19,7 +17,8 @@ GROWTH = 10.0  # times what a convergent series can reach: past it, the series d
 class Schedule:
     """α, depth J and batch size of a series, and what it was chosen from.
 
-    `truncation` is 1 / (αJ): stopping at J acts like that much more damping.
+    `truncation` is 1 / (αJ): stopping at J acts like that much more damping. `top` and `trace` are
+    of G, `worst` is the largest top eigenvalue of a minibatch.
     """
 
     scale: float
@@ -27,6 +26,7 @@ class Schedule:
     batch: int
     trace: float
     top: float
+    worst: float
 
     @property
     def truncation(self) -> float:
@@ -40,14 +40,18 @@ def schedule(
     """α from the spectrum of G, so that the series does not diverge.
 
     The mean series converges for α (σ_max + λ) ≤ 1. A minibatch of b adds noise whose second
-    moment is bounded by G · tr G / b, which asks for α (σ_max + tr G / b + λ) ≤ 1 (Klochkov and Liu
-    2024 argue from the same two numbers).
+    moment is bounded by G · tr G / b where examples have about equal traces, which asks for
+    α (σ_max + tr G / b + λ) ≤ 1 (Klochkov and Liu 2024 argue from the same two numbers). Where
+    they do not, some minibatch has a larger eigenvalue of its own, and that one counts: no step
+    with α (σ + λ) ≤ 1 lengthens a vector.
     """
     like = curvature.layout.current()
+    batch = min(batch, curvature.num_examples)
     top = top_eigenvalue(curvature.product, like, seed)
     total = trace(curvature, like, num_probes=8, seed=seed)
-    scale = 1 / (top + total / batch + max(dampings.values()))
-    return Schedule(scale, depth, min(batch, curvature.num_examples), total, top)
+    worst = worst_eigenvalue(curvature.product, like, curvature.num_examples, batch, seed)
+    scale = 1 / (max(top + total / batch, worst) + max(dampings.values()))
+    return Schedule(scale, depth, batch, total, top, worst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +88,10 @@ class LiSSA:
 
     def _explain(self, step: int, growth: float) -> None:
         plan = self.schedule
+        most = 1 / max(plan.top + plan.trace / plan.batch, plan.worst)
+        remedy = "lower α" if plan.scale > most else "raise the damping or the batch"
         raise ValueError(
             f"LiSSA diverges: after {step} steps ‖r‖ is {growth:.3g}‖v‖ with α = {plan.scale:.3g}; "
-            f"G has trace {plan.trace:.3g} and top eigenvalue {plan.top:.3g}, so a batch of "
-            f"{plan.batch} needs α ≤ {1 / (plan.top + plan.trace / plan.batch):.3g}; lower α or "
-            "raise the batch"
+            f"G has trace {plan.trace:.3g} and top eigenvalue {plan.top:.3g}, a batch of "
+            f"{plan.batch} up to {plan.worst:.3g}, which asks for α ≤ {most:.3g}; {remedy}"
         )
-
-
-def minibatches(num_examples: int, size: int, seed: int) -> Iterator[Int[Tensor, " b"]]:
-    """Endless places of examples, each once an epoch; the last short batch of an epoch is left."""
-    generator = torch.Generator().manual_seed(seed)
-    size = min(size, num_examples)
-    while True:
-        order = torch.randperm(num_examples, generator=generator)
-        for start in range(0, num_examples - size + 1, size):
-            yield order[start : start + size]
-
-
-def depth_for(schedule_scale: float, damping: float, error: float) -> int:
-    """Steps after which the slowest direction, (1 − αλ)^J, is down to `error`."""
-    return math.ceil(math.log(1 / error) / (schedule_scale * damping))

@@ -10,22 +10,22 @@ by side, and one solve serves all queries. Nothing is taken on faith: the gradie
 reported.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import grad_and_value, vmap
 
-from influence.examples import Batch
+from influence.examples import Batch, ExampleBatch
 from influence.validation.ggn import outputs_at
 from influence.validation.layout import Layout
+from influence.validation.lbfgs import Values, Vectors, minimise
 
-Vectors = Float[Tensor, "k p"]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ProximalObjective:
     """Q of several training examples at once.
 
@@ -44,34 +44,51 @@ class ProximalObjective:
     examples_at_once: int = 1024
 
     @torch.no_grad()  # else parameters that are not attributed would record every evaluation
-    def gradient(self, offsets: Vectors, extra: Batch, epsilon: float) -> Vectors:
-        """∇Q at θˢ + offset; the training example of row k is example k of `extra`."""
+    def values(self, offsets: Vectors, extra: Batch, epsilon: float) -> Values:
+        """Q and ∇Q at θˢ + offset; the training example of row k is example k of `extra`."""
         here = self.layout.current()
         num_examples = len(self.data.ids)
-        total = self.layout.by_layer(self.dampings, here) * offsets
-        for places in torch.arange(num_examples).split(self.examples_at_once):
-            batch = self.data.select(places)
-            before = outputs_at(self.model, batch, self.layout.parameters(here)).detach()
+        pulled = self.layout.by_layer(self.dampings, here) * offsets
+        loss, loss_gradient = self._losses(here + offsets, extra)
+        value = (pulled * offsets).sum(dim=1) / 2 + epsilon * loss
+        gradient = pulled + epsilon * loss_gradient
+        for batch, before in self._before:
 
             def divergence(offset: Tensor, batch: Batch = batch, before: Tensor = before) -> Tensor:
                 after = outputs_at(self.model, batch, self.layout.parameters(here + offset))
                 return batch.likelihood.divergence(after, before).sum() / num_examples
 
-            total = total + vmap(grad(divergence))(offsets)
-        return total + epsilon * self._loss_gradients(here + offsets, extra)
+            slope, far = vmap(grad_and_value(divergence))(offsets)
+            value, gradient = value + far, gradient + slope
+        return value, gradient
 
-    def _loss_gradients(self, parameters: Vectors, extra: Batch) -> Vectors:
-        """∇L(z_k), each at its own parameters."""
-        gradients = []
-        for k in range(len(parameters)):
-            batch = extra.select(torch.tensor([k]))
+    @cached_property
+    def _before(self) -> list[tuple[Batch, Tensor]]:
+        """Batches of `data`, with their outputs at θˢ."""
+        parts = torch.arange(len(self.data.ids)).split(self.examples_at_once)
+        parameters = self.layout.parameters(self.layout.current())
+        batches = [self.data.select(places) for places in parts]
+        return [(batch, outputs_at(self.model, batch, parameters)) for batch in batches]
 
-            def loss(at: Tensor, batch: Batch = batch) -> Tensor:
-                outputs = outputs_at(self.model, batch, self.layout.parameters(at))
-                return batch.likelihood.loss(outputs, batch.row_labels(batch.targets)).sum()
+    def _losses(self, parameters: Vectors, extra: Batch) -> Values:
+        """L(z_k) and ∇L(z_k), each at its own parameters."""
 
-            gradients.append(grad(loss)(parameters[k]))
-        return torch.stack(gradients)
+        def loss(at: Tensor, batch: Batch) -> Tensor:
+            outputs = outputs_at(self.model, batch, self.layout.parameters(at))
+            return batch.likelihood.loss(outputs, batch.row_labels(batch.targets)).sum()
+
+        if isinstance(extra, ExampleBatch):
+
+            def one(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
+                ids = extra.ids[:1]  # no example is told from another by its id here
+                return loss(at, ExampleBatch(ids, x[None], y[None], extra.likelihood))
+
+            gradients, losses = vmap(grad_and_value(one))(parameters, extra.inputs, extra.targets)
+            return losses, gradients
+        # Which rows carry a loss differs between sequences, so these go one by one.
+        alone = [extra.select(torch.tensor([k])) for k in range(len(parameters))]
+        found = [grad_and_value(loss)(a, batch) for a, batch in zip(parameters, alone, strict=True)]
+        return torch.stack([value for _, value in found]), torch.stack([slope for slope, _ in found])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +96,14 @@ class Response:
     """θ(ε) − θˢ of several training examples, and how well each solve converged.
 
     `residuals` are √(gᵀP⁻¹g) at the end over the same at θˢ, with g = ∇Q and P the preconditioner:
-    where P is the Hessian, the error of the response in its energy norm, relative.
+    where P is the Hessian, the error of the response in its energy norm, relative. Of a network
+    with kinks (ReLU) the minimum may lie on one, where no residual is small.
     """
 
     offsets: Vectors
     residuals: Float[Tensor, " k"]
     converged: Bool[Tensor, " k"]
-    num_evaluations: int
+    evaluations: Int[Tensor, " k"]
 
 
 def respond(
@@ -104,117 +122,19 @@ def respond(
         extra: the training examples z.
         epsilon: the weight of z; 1/N adds a copy.
         tolerance: of the residuals.
-        max_evaluations: of ∇Q, at most; what has not converged by then is reported so.
+        max_evaluations: of each z, at most; what has not converged by then is reported so.
     """
 
-    def gradient_at(offsets: Vectors, problems: Int[Tensor, " k"]) -> Vectors:
-        return objective.gradient(offsets, extra.select(problems), epsilon)
+    def values_at(offsets: Vectors, problems: Int[Tensor, " k"]) -> Values:
+        return objective.values(offsets, extra.select(problems), epsilon)
 
     here = objective.layout.current()
     everyone = torch.arange(len(extra.ids))
-    at_rest = gradient_at(here.new_zeros(len(everyone), len(here)), everyone)
+    _, at_rest = values_at(here.new_zeros(len(everyone), len(here)), everyone)
     linear = -precondition(at_rest)
     # A z whose gradient vanishes moves nothing, and is solved where it stands.
     scale = -(linear * at_rest).sum(dim=1)
     scale = scale.clamp(min=torch.finfo(here.dtype).tiny).sqrt()
-    offsets, residuals, evaluations = minimise(
-        gradient_at, precondition, linear, tolerance * scale, max_evaluations
-    )
-    residuals = residuals / scale
-    return Response(offsets, residuals, residuals <= tolerance, evaluations + 1)
-
-
-def minimise(
-    gradient_at: Callable[[Vectors, Int[Tensor, " k"]], Vectors],
-    precondition: Callable[[Vectors], Vectors],
-    start: Vectors,
-    tolerances: Float[Tensor, " k"],
-    max_evaluations: int,
-    history: int = 8,
-) -> tuple[Vectors, Float[Tensor, " k"], int]:
-    """Preconditioned L-BFGS on several independent problems side by side.
-
-    Each problem has its own step and history.
-
-    Args:
-        gradient_at: gradients at points, one for each of the problems named beside them.
-        precondition: the initial inverse Hessian P⁻¹.
-        start: a point for each problem.
-        tolerances: a problem is solved when √(gᵀP⁻¹g) is at most this.
-        max_evaluations: calls of `gradient_at`, at most.
-        history: pairs that a problem remembers.
-
-    Returns:
-        The points, √(gᵀP⁻¹g) there, and the number of calls.
-    """
-    x = start.clone()
-    gradient = gradient_at(x, torch.arange(len(x)))
-    natural = precondition(gradient)
-    evaluations, pairs = 1, []
-    while evaluations < max_evaluations:
-        norms = (gradient * natural).sum(dim=1).clamp(min=0).sqrt()
-        active = (norms > tolerances).nonzero()[:, 0]
-        if not len(active):
-            break
-        g = gradient[active]
-        remembered = [(s[active], y[active]) for s, y in pairs]
-        direction = -_two_loops(remembered, g, precondition)
-        # A history that does not descend is not used for that problem.
-        descends = (direction * g).sum(dim=1) < 0
-        direction = torch.where(descends[:, None], direction, -natural[active])
-        moved, new, calls = _search(
-            gradient_at, x[active], g, direction, active, max_evaluations - evaluations
-        )
-        evaluations += calls
-        s, y = torch.zeros_like(x), torch.zeros_like(x)
-        s[active], y[active] = moved - x[active], new - g
-        pairs = [*pairs, (s, y)][-history:]
-        x[active], gradient[active] = moved, new
-        natural[active] = precondition(new)
-    return x, (gradient * natural).sum(dim=1).clamp(min=0).sqrt(), evaluations
-
-
-def _search(
-    gradient_at: Callable[[Vectors, Int[Tensor, " k"]], Vectors],
-    x: Vectors,
-    gradient: Vectors,
-    direction: Vectors,
-    problems: Int[Tensor, " k"],
-    max_calls: int,
-) -> tuple[Vectors, Vectors, int]:
-    """Steps along directions: the new points, their gradients, and the number of calls.
-
-    A step is halved, for its own problem only, until the slope along it has fallen to at most 0.9
-    of what it was, on either side (the strong curvature condition): near the optimum the values of
-    the objective agree to all digits, and only gradients still tell.
-    """
-    slope = (direction * gradient).sum(dim=1).abs()
-    step, moved, new = torch.ones_like(slope), x.clone(), gradient.clone()
-    trying, calls = torch.arange(len(x)), 0
-    while len(trying) and calls < max_calls:
-        moved[trying] = x[trying] + step[trying, None] * direction[trying]
-        new[trying] = gradient_at(moved[trying], problems[trying])
-        calls += 1
-        over = (direction[trying] * new[trying]).sum(dim=1).abs() > 0.9 * slope[trying]
-        trying = trying[over]
-        step[trying] /= 2
-    return moved, new, calls
-
-
-def _two_loops(
-    pairs: Sequence[tuple[Vectors, Vectors]],
-    gradient: Vectors,
-    precondition: Callable[[Vectors], Vectors],
-) -> Vectors:
-    """H g with the L-BFGS inverse Hessian H; a problem's pairs without curvature are skipped."""
-    q, used = gradient, []
-    for s, y in reversed(pairs):
-        sy = (s * y).sum(dim=1)
-        rho = torch.where(sy > 0, 1 / sy, 0.0)
-        alpha = rho * (s * q).sum(dim=1)
-        q = q - alpha[:, None] * y
-        used.append((s, y, rho, alpha))
-    q = precondition(q)
-    for s, y, rho, alpha in reversed(used):
-        q = q + (alpha - rho * (y * q).sum(dim=1))[:, None] * s
-    return q
+    found = minimise(values_at, precondition, linear, tolerance * scale, max_evaluations - 1)
+    residuals = found.norms / scale
+    return Response(found.points, residuals, residuals <= tolerance, found.evaluations + 1)

@@ -137,10 +137,10 @@ def _responses(
     # Sums in float64: near θˢ the two f agree in most digits.
     up, down = (subject.measure(side.offsets).double() for side in sides)
     worst = torch.maximum(sides[0].residuals, sides[1].residuals).double()
-    evaluations = sum(side.num_evaluations for side in sides)
+    evaluations = (sides[0].evaluations + sides[1].evaluations).double()
     return {
         # per copy: a copy more is ε = 1/N, and 2ε/N were moved
         "response": (up - down) / (2 * epsilon),
         "residual": worst,
-        "evaluations": torch.full_like(worst, evaluations),
+        "evaluations": evaluations,
     }

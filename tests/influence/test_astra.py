@@ -77,3 +77,20 @@ def test_a_preconditioner_that_is_far_too_large_is_scaled_down():
     }
     got = answer(case, ASTRA(case.curvature, Blockwise(blocks), 200, 100, 0))
     assert models.relative_error(got, exact(case)) < 1e-2
+
+
+def test_one_example_with_far_more_curvature_than_the_rest_does_not_make_it_diverge():
+    case = cases.with_an_outlier(number=24)
+    preconditioner, wanted = ekfac(case), exact(case)
+    got = answer(case, ASTRA(case.curvature, preconditioner, 200, 4, 0))
+    assert models.relative_error(got, wanted) < models.relative_error(
+        answer(case, ASTRA(case.curvature, preconditioner, 0, 4, 0)), wanted
+    )
+
+
+@pytest.mark.parametrize("alpha", [3.0, 1e6])
+def test_a_divergence_is_refused_also_where_it_overflows(alpha, monkeypatch):
+    case = cases.of("classification")
+    monkeypatch.setattr(ASTRA, "step_size", lambda *_: alpha)
+    with pytest.raises(ValueError, match=r"ASTRA diverges: after 100 steps.*raise the batch"):
+        answer(case, ASTRA(case.curvature, ekfac(case), 100, 3, 0))

@@ -131,6 +131,16 @@ def linear(seed: int = 0, number: int = 9) -> Case:
     )  # fmt: skip
 
 
+def with_an_outlier(seed: int = 0, number: int = 12) -> Case:
+    """The same, with the inputs of one example 20 times as large: 400 times its curvature."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    inputs = _normal(seed + 1, number, 3)
+    inputs[number // 2] *= 20
+    return _examples(
+        models.randomise(model, seed), inputs, _normal(seed + 2, number, 2), softmax=False
+    )
+
+
 def tokens(model: nn.Module, lengths: tuple[int, ...] = (6, 3, 5, 2)) -> Case:
     """A language model on sequences of unequal length, some with a prompt."""
     sequences = models.corpus(lengths=lengths)

@@ -169,15 +169,15 @@ def neumann(G: Tensor, dampings: Tensor, alpha: float, v: Tensor, steps: int) ->
 # ---- the proximal Bregman objective
 
 
-def proximal_gradient(
+def proximal_objective(
     examples: Sequence[Example],
     modules: Sequence[Any],
     extra: Example,
     epsilon: float,
     dampings: Tensor,
     offset: Tensor,
-) -> Tensor:
-    """∇Q at θˢ + offset, with Q spelled out (Grosse et al. 2023, Eq. 7); the model is restored.
+) -> tuple[Tensor, Tensor]:
+    """Q and ∇Q at θˢ + offset, spelled out (Grosse et al. 2023, Eq. 7); the model is restored.
 
     Q = (1/N) Σ_i Σ_rows D(ŷ, ŷˢ) + ε L(z) + ½ Σ λ (θ − θˢ)².
     """
@@ -194,7 +194,7 @@ def proximal_gradient(
     with torch.no_grad():
         for parameter, value in zip(parameters(modules), saved, strict=True):
             parameter.copy_(value)
-    return found
+    return Q.detach(), found
 
 
 # ---- inside one layer
