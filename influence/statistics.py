@@ -24,6 +24,17 @@ def _ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     return (last - (counts.double() - 1) / 2)[inverse]
 
 
+def bootstrap_interval(
+    values: Float[Tensor, " q"], seed: int, num_resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % interval of the mean, from means of values drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (num_resamples, len(values)), generator=generator)
+    means = values.double()[drawn].mean(dim=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return low, high
+
+
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """Mean correlation over queries, with a 95 % bootstrap interval of the mean Pearson."""
@@ -41,8 +52,5 @@ class Agreement:
         """Correlate row by row, then resample the queries."""
         each = torch.tensor([pearson(a, b) for a, b in zip(x, y, strict=True)]).double()
         ranks = torch.tensor([spearman(a, b) for a, b in zip(x, y, strict=True)]).double()
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(each), (num_resamples, len(each)), generator=generator)
-        means = each[drawn].mean(dim=1)
-        low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        low, high = bootstrap_interval(each, seed, num_resamples)
         return cls(float(each.mean()), float(ranks.mean()), low, high, len(each))

@@ -1,6 +1,5 @@
 """Split-half agreement: scores from curvature fitted on two disjoint halves of the data."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -9,15 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.eigenbasis import EigenBasis, eigendecompose
-from influence.ekfac import EKFACBlock
-from influence.factors import fit_factors
 from influence.queries import Query, prepare, query_gradients
 from influence.scores import influence, stream
-from influence.spectrum import fit_spectra
 from influence.statistics import Agreement
+from influence.validation.estimators import fit_curvature
 from tasks import store
-from tasks.attributed import Attributed, PassReference
+from tasks.attributed import PassReference
 from tasks.prepared import damping_of
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, split
@@ -74,7 +70,9 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     tokens = TokenStore.open(context.artifact("tokenize"))
     # Every other of the sorted rows: disjoint, and alike in where they come from.
     rows = tokens.fit_rows(2 * settings.split_half, settings.seed)[half::2]
-    solvers = fit_solvers(reference, attributed, rows, settings.seed + half)
+    fitted = fit_curvature(
+        attributed.model, attributed.layers, list(reference.batches(rows)), settings.seed + half
+    )
     queries = [
         Query(query["name"], tuple(query["prompt_tokens"]), tuple(query["completion_tokens"]))
         for query in store.read_json(context.artifact("query") / "queries.json")
@@ -82,7 +80,9 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     gradients = query_gradients(
         attributed.model, attributed.layers, queries, reference.tokens_per_batch
     )
-    prepared = prepare(gradients, solvers, damping_of(context.params), context.params.query.rank)
+    prepared = prepare(
+        gradients, fitted.ekfac, damping_of(context.params), context.params.query.rank
+    )
     candidates = store.read_table(context.artifact("filter") / "candidates.parquet", ["row"])
     sample = choose_rows(candidates["row"].to_pylist(), settings.sample, settings.seed)
     batches = reference.batches(sample)
@@ -91,27 +91,3 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     scores = influence(torch.cat(raw, dim=1).double().cpu(), tokens.num_sequences)
     names = [layer.name for layer in attributed.layers]
     store.write_tensors(path, {"scores": scores}, {"layers": names})
-
-
-def fit_solvers(
-    reference: PassReference, attributed: Attributed, rows: Sequence[int], seed: int
-) -> dict[str, EKFACBlock]:
-    """EK-FAC of every layer from these rows alone, in memory."""
-    model, layers = attributed.model, attributed.layers
-    factors = fit_factors(model, layers, reference.batches(rows), seed)
-    groups = {
-        group: eigendecompose(covariance.value, f"A/{group}")
-        for group, covariance in factors.inputs.items()
-    }
-    bases = {
-        layer.name: EigenBasis(
-            groups[layer.input_group].vectors,
-            eigendecompose(factors.outputs[layer.name].value, f"S/{layer.name}").vectors,
-        ).to(reference.dtype, reference.device)
-        for layer in layers
-    }
-    spectra = fit_spectra(model, layers, bases, reference.batches(rows), seed + 1_000_003)
-    return {
-        name: EKFACBlock(bases[name], spectrum.values.to(reference.device, reference.dtype))
-        for name, spectrum in spectra.items()
-    }

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Float
@@ -11,10 +13,10 @@ from influence.damping import Damping
 from influence.eigenbasis import Eigen, EigenBasis, eigendecompose
 from influence.ekfac import EKFACBlock, kfac_eigenvalues
 from influence.examples import Batch
-from influence.factors import Factors, fit_factors
+from influence.factors import fit_factors
 from influence.layers import Layer
 from influence.solver import Blockwise, GradientDot
-from influence.spectrum import fit_spectra
+from influence.spectrum import Spectrum, fit_spectra
 
 LABELS_APART = 1_000_003  # between the seeds of draws that must be independent
 
@@ -62,26 +64,28 @@ def fit_curvature(
         batches: the examples.
         seed: of the labels.
         draws: labels sampled for each position; more cost more passes and lower the noise.
-        blocks: O of App. A of the paper: A and S are cut into O diagonal blocks each, and one of
-            fewer rows, such as S of a single output, into its rows.
+        blocks: O of App. A of the paper: A and S are cut into O diagonal blocks each.
     """
     seeds = [seed + LABELS_APART * draw for draw in range(2 * draws)]
-    factors = _fit_draws(model, layers, batches, seeds[:draws])
-    eigens, bases = {}, {}
-    parameter = next(model.parameters())
-    for layer in layers:
-        pair = factors.of(layer)
-        eigens[layer.name] = (
-            eigendecompose_blocks(pair.A.value, min(blocks, layer.d_in), f"A/{layer.input_group}"),
-            eigendecompose_blocks(pair.S.value, min(blocks, layer.d_out), f"S/{layer.name}"),
+    factors = reduce(add, [fit_factors(model, layers, batches, each) for each in seeds[:draws]])
+    groups = {
+        group: eigendecompose_blocks(covariance.value, blocks, f"A/{group}")
+        for group, covariance in factors.inputs.items()
+    }
+    eigens = {
+        name: (
+            groups[layer.input_group],
+            eigendecompose_blocks(factors.outputs[name].value, blocks, f"S/{name}"),
         )
-        A, S = eigens[layer.name]
-        bases[layer.name] = EigenBasis(A.vectors, S.vectors).to(parameter.dtype, parameter.device)
-    spectra = None
-    for each in seeds[draws:]:
-        found = fit_spectra(model, layers, bases, batches, each)
-        spectra = found if spectra is None else {n: spectra[n] + found[n] for n in found}
-    assert spectra is not None
+        for layer in layers
+        for name in [layer.name]
+    }
+    parameter = next(model.parameters())
+    bases = {
+        name: EigenBasis(A.vectors, S.vectors).to(parameter.dtype, parameter.device)
+        for name, (A, S) in eigens.items()
+    }
+    spectra = _spectra(model, layers, bases, batches, seeds[draws:])
     num_examples = draws * sum(len(batch.ids) for batch in batches)
     return Curvature(
         tuple(layers),
@@ -106,11 +110,7 @@ def fit_diagonal(
         for layer in layers
     }
     seeds = [seed + LABELS_APART * draw for draw in range(draws, 2 * draws)]
-    spectra = None
-    for each in seeds:
-        found = fit_spectra(model, layers, bases, batches, each)
-        spectra = found if spectra is None else {n: spectra[n] + found[n] for n in found}
-    assert spectra is not None
+    spectra = _spectra(model, layers, bases, batches, seeds)
     return {
         name: EKFACBlock(bases[name], spectrum.values.to(parameter))
         for name, spectrum in spectra.items()
@@ -126,13 +126,15 @@ def eigendecompose_blocks(matrix: Float[Tensor, "d d"], blocks: int, name: str) 
     """Eigendecomposition of the `blocks` diagonal blocks of a matrix (Grosse et al. 2023, App. A).
 
     The eigenvectors come back as one matrix, block-diagonal; sizes differ by one at most. The
-    coordinate of a bias belongs to the last block.
+    coordinate of a bias belongs to the last block. A matrix of fewer rows is cut into its rows.
     """
-    if not 1 <= blocks <= len(matrix):
-        raise ValueError(f"{blocks} blocks of a matrix of {len(matrix)} rows; give 1 to that many")
+    if blocks < 1:
+        raise ValueError(f"{blocks} blocks; give 1 or more")
     parts = [
         eigendecompose(matrix[rows][:, rows], name)
-        for rows in torch.arange(len(matrix), device=matrix.device).tensor_split(blocks)
+        for rows in torch.arange(len(matrix), device=matrix.device).tensor_split(
+            min(blocks, len(matrix))
+        )
     ]
     return Eigen(
         torch.cat([part.values for part in parts]),
@@ -140,10 +142,13 @@ def eigendecompose_blocks(matrix: Float[Tensor, "d d"], blocks: int, name: str) 
     )
 
 
-def _fit_draws(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], seeds: Sequence[int]
-) -> Factors:
-    first, *others = [fit_factors(model, layers, batches, seed) for seed in seeds]
-    for other in others:
-        first = first + other
-    return first
+def _spectra(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    bases: Mapping[str, EigenBasis],
+    batches: Sequence[Batch],
+    seeds: Sequence[int],
+) -> dict[str, Spectrum]:
+    """Λ from several draws of labels."""
+    draws = [fit_spectra(model, layers, bases, batches, seed) for seed in seeds]
+    return {layer.name: reduce(add, [draw[layer.name] for draw in draws]) for layer in layers}

@@ -73,17 +73,20 @@ def minimise(
             max_evaluations - evaluations[active],
         )  # fmt: skip
         evaluations[active] += step.evaluations
-        stays = active[~step.found]
-        # First without its history, and then not at all.
-        bare = torch.stack([s[stays].any(dim=1) for s, _ in pairs]).any(dim=0) if pairs else None
-        held[stays] = True if bare is None else ~bare
-        for s, _ in pairs:
-            s[stays] = 0
+        _forget(pairs, active[~step.found], held)
         s, y = torch.zeros_like(x), torch.zeros_like(x)
         s[active], y[active] = step.points - x[active], step.gradients - g
         pairs = [*pairs, (s, y)][-HISTORY:]
         x[active], value[active], gradient[active] = step.points, step.values, step.gradients
         natural[active] = precondition(step.gradients)
+
+
+def _forget(pairs: list[tuple[Vectors, Vectors]], stays: Tensor, held: Tensor) -> None:
+    """What found no step tries without its history; what has none is held, for good."""
+    remembers = [s[stays].any(dim=1) for s, _ in pairs]
+    held[stays] = ~torch.stack(remembers).any(dim=0) if pairs else True
+    for s, _ in pairs:
+        s[stays] = 0
 
 
 def _norms(gradient: Vectors, natural: Vectors) -> Numbers:

@@ -1,4 +1,4 @@
-"""Minibatches of the stochastic solvers, and how much more curvature one may have than the whole."""
+"""Minibatches of the stochastic solvers, and the most curvature that one of them has."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -88,7 +88,9 @@ class ProximalObjective:
         # Which rows carry a loss differs between sequences, so these go one by one.
         alone = [extra.select(torch.tensor([k])) for k in range(len(parameters))]
         found = [grad_and_value(loss)(a, batch) for a, batch in zip(parameters, alone, strict=True)]
-        return torch.stack([value for _, value in found]), torch.stack([slope for slope, _ in found])
+        return torch.stack([value for _, value in found]), torch.stack(
+            [slope for slope, _ in found]
+        )
 
 
 @dataclass(frozen=True, slots=True)

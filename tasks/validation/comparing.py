@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.statistics import Agreement
+from influence.statistics import Agreement, bootstrap_interval
 from tasks import store
 from tasks.validation.context import BenchmarkContext
-from tasks.validation.outcome import Correlation
 from tasks.validation.settings import METHODS
 from tasks.validation.subject import open_subject
 
@@ -78,37 +77,26 @@ class Compared:
             rows.append(scores[name][:, places])
         return torch.cat(rows)
 
-    def with_truth(self, name: str) -> Correlation | None:
+    def with_truth(self, name: str) -> Agreement | None:
         """A method's agreement with the truth."""
         scores = self.scores(name)
         return None if scores is None else correlation(scores, self.truth)
 
-    def between(self, name: str, other: str) -> Correlation | None:
+    def between(self, name: str, other: str) -> Agreement | None:
         """The agreement of two methods."""
         one, two = self.scores(name), self.scores(other)
         return None if one is None or two is None else correlation(one, two)
 
 
-def correlation(x: Float[Tensor, "q n"], y: Float[Tensor, "q n"]) -> Correlation:
+def correlation(x: Float[Tensor, "q n"], y: Float[Tensor, "q n"]) -> Agreement:
     """Mean over rows, with its bootstrap interval."""
-    found = Agreement.of(x, y, BOOTSTRAP)
-    return Correlation(found.pearson, found.spearman, found.low, found.high, found.num_queries)
+    return Agreement.of(x, y, BOOTSTRAP)
 
 
-def of_values(values: Float[Tensor, " q"]) -> Correlation:
+def of_values(values: Float[Tensor, " q"]) -> Agreement:
     """Rank correlations that were computed one by one: their mean with its interval."""
-    low, high = interval(values)
     middle = float(values.mean())
-    return Correlation(middle, middle, low, high, len(values))
-
-
-def interval(values: Float[Tensor, " q"]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
-    generator = torch.Generator().manual_seed(BOOTSTRAP)
-    drawn = torch.randint(len(values), (2000, len(values)), generator=generator)
-    means = values.double()[drawn].mean(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return low, high
+    return Agreement(middle, middle, *bootstrap_interval(values, BOOTSTRAP), len(values))
 
 
 def scatter_of(phases: Phases, compared: Compared) -> tuple[dict[str, Any], Any]:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from influence.statistics import Agreement
 from influence.validation.lds import datamodeling_score, noise_ceiling
 from tasks import store
 from tasks.validation.comparing import Compared, Phases, correlation, of_values
-from tasks.validation.outcome import Correlation, Found, Retrained
+from tasks.validation.outcome import Found, Retrained
 from tasks.validation.settings import METHODS
 
 SHARES = (0.1, 0.2)  # of the examples, highest self-influence first, that are looked through
@@ -54,7 +55,7 @@ def mislabelled(phases: Phases) -> Found | None:
     return Found(total, means)
 
 
-def fine_tuned(compared: Compared, phases: Phases) -> dict[str, Correlation] | None:
+def fine_tuned(compared: Compared, phases: Phases) -> dict[str, Agreement] | None:
     """Agreement with a few steps on single examples; None if none were taken."""
     if not phases.tuned:
         return None

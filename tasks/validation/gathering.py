@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.statistics import pearson, spearman
+from influence.statistics import bootstrap_interval, pearson, spearman
 from tasks import store
+from tasks.validation import labels
 from tasks.validation.comparing import (
+    BOOTSTRAP,
     Compared,
     Phases,
     compared_of,
     correlation,
-    interval,
 )
 from tasks.validation.context import BenchmarkContext
 from tasks.validation.further import fine_tuned, mislabelled, retrained
@@ -68,7 +69,7 @@ def gather(
         splits=_sweep(
             "split",
             compared,
-            lambda x: f"{memory_share(subject, int(x)):.0%} of the memory",
+            lambda x: labels.percent(memory_share(subject, int(x))),
         ),
         fit_sizes=_sweep("fit", compared),
         retrained=retrained(params.retraining, phases),
@@ -101,7 +102,6 @@ def _trained(seeds: Sequence[int], phases: Phases) -> tuple[Trained, ...]:
                 train_loss=chosen["train_loss"],
                 validation_loss=chosen["validation_loss"],
                 test_loss=told["test_loss"],
-                accuracy=told.get("accuracy"),
                 seconds=told["seconds"],
             )
         )
@@ -185,7 +185,7 @@ def _above_dot(name: str, compared: Compared) -> tuple[float, float, float] | No
     difference = torch.tensor(
         [pearson(s, t) - pearson(d, t) for s, d, t in zip(scores, dot, compared.truth, strict=True)]
     )
-    return float(difference.mean()), *interval(difference)
+    return float(difference.mean()), *bootstrap_interval(difference, BOOTSTRAP)
 
 
 def _runs(

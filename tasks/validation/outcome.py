@@ -3,16 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Correlation:
-    """Mean Pearson over queries and seeds, with a 95 % bootstrap interval over them."""
-
-    pearson: float
-    spearman: float
-    low: float
-    high: float
-    num_queries: int
+from influence.statistics import Agreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +21,8 @@ class MethodOutcome:
         failed: why it has no number, in a sentence; None if it has.
     """
 
-    truth: Correlation | None
-    exact: Correlation | None
+    truth: Agreement | None
+    exact: Agreement | None
     by_seed: tuple[float | None, ...]
     above_dot: tuple[float, float, float] | None
     fit_seconds: float
@@ -55,7 +46,7 @@ class TruthOutcome:
     """
 
     epsilon: float
-    exact: Correlation
+    exact: Agreement
     converged: float
     worst_residual: float
     evaluations: float
@@ -79,8 +70,8 @@ class Point:
 
     x: float
     method: str
-    truth: Correlation | None
-    reference: Correlation | None
+    truth: Agreement | None
+    reference: Agreement | None
     seconds: float
     note: str = ""
 
@@ -93,8 +84,8 @@ class Retrained:
     raised to all of them by Spearman and Brown; no method can be expected above it.
     """
 
-    scores: dict[str, Correlation]
-    ceiling: Correlation
+    scores: dict[str, Agreement]
+    ceiling: Agreement
     num_subsets: int
     num_seeds: int
     seconds: float
@@ -121,7 +112,6 @@ class Trained:
     train_loss: float
     validation_loss: float
     test_loss: float
-    accuracy: float | None
     seconds: float
 
 
@@ -150,7 +140,7 @@ class Outcome:
     fit_sizes: tuple[Point, ...]
     retrained: Retrained | None
     mislabelled: Found | None
-    fine_tuned: dict[str, Correlation] | None
+    fine_tuned: dict[str, Agreement] | None
     seconds: float
     machine: dict[str, Any] = field(default_factory=dict)
 

@@ -17,9 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from influence.statistics import Agreement
 from tasks.figures import DPI, save
 from tasks.validation import labels
-from tasks.validation.outcome import Correlation, MethodOutcome, Outcome, Point
+from tasks.validation.outcome import MethodOutcome, Outcome, Point
 
 WIDTH = 800 / DPI
 QUERIES = 10  # that the time of `against_time` is for, as in Grosse et al. 2023, Fig. 7
@@ -148,7 +149,7 @@ def _number(
 
 
 def _interval(
-    axes: Axes, name: str, rows: Sequence[tuple[float, Correlation]], label: str, line: str = "-"
+    axes: Axes, name: str, rows: Sequence[tuple[float, Agreement]], label: str, line: str = "-"
 ) -> None:
     """Means with intervals at x, joined by a line."""
     if not rows:
@@ -238,7 +239,7 @@ def sweeps(outcome: Outcome, path: Path) -> None:
 
 def _sweep(axes: Axes, name: str, points: Sequence[Point]) -> None:
     what, reference = SWEEPS[name]
-    agreements: tuple[tuple[str, Callable[[Point], Correlation | None]], ...] = (
+    agreements: tuple[tuple[str, Callable[[Point], Agreement | None]], ...] = (
         ("-", lambda point: point.truth),
         ("--", lambda point: point.reference),
     )

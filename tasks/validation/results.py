@@ -226,10 +226,9 @@ def _trained(outcome: Mapping[str, Any]) -> list[str]:
     models = []
     for each in outcome["trained"]:
         losses = " / ".join(f"{each[f'{split}_loss']:.3g}" for split in SPLITS)
-        right = each["accuracy"]
         models.append(
             f"seed {each['seed']}: rate {each['learning_rate']:g}, L2 {each['weight_decay']:g}, "
-            f"loss {losses}" + ("" if right is None else f", accuracy {labels.percent(right, 1)}")
+            f"loss {losses}"
         )
     return [f"Models (loss on {' / '.join(SPLITS)}): {'; '.join(models)}."] if models else []
 

@@ -147,7 +147,6 @@ class Estimators(Section):
     draws: Count = Field(
         description="labels sampled for each position when the curvature is fitted"
     )
-    rank: Count | None = Field(description="of the low-rank comparison; null: none")
     lissa_depths: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
     lissa_batch: Count
     astra_iterations: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]

@@ -37,8 +37,12 @@ def sweep(
             name: LowRank.of(V, rank).dense() for name, V in full.items()
         }
     for blocks in given.splits:
-        split = fit_curvature(
-            subject.model, subject.layers, subject.batches(), seed, given.draws, blocks
+        split = (
+            fitted
+            if blocks == 1
+            else fit_curvature(
+                subject.model, subject.layers, subject.batches(), seed, given.draws, blocks
+            )
         )
         points[f"sweep/split/ekfac/{blocks}"] = Blockwise(split.ekfac).solve(gradients, dampings)
     order = torch.randperm(subject.num_examples, generator=random_generator(seed, "fit"))

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.validation.estimators import fit_curvature
-from influence.validation.nystrom import Nystrom
+from influence.validation.nystrom import Nystrom, Woodbury
 from influence.validation.pbrf import ProximalObjective, respond
 from tasks import store
 from tasks.shards import ShardRef
@@ -58,14 +58,23 @@ def sketch_shard(context: BenchmarkContext, shard: ShardRef, path: Path) -> None
     )
     started = time.perf_counter()
     sketch = Nystrom.of(subject.curvature, params.truth.sketch, params.seeds[index])
+    dampings = fitted.dampings(damping_of_seed(context, index, subject.train))
+    inverse = sketch.inverse(dampings)  # once, for the many shards that solve with it
     store.write_tensors(
         path,
-        {"F": sketch.F},
-        {
-            "dampings": fitted.dampings(damping_of_seed(context, index, subject.train)),
-            "seconds": time.perf_counter() - started,
-        },
+        {"F": sketch.F, "K": inverse.K},
+        {"dampings": dampings, "seconds": time.perf_counter() - started},
     )
+
+
+def open_inverse(
+    context: BenchmarkContext, index: int, subject: Subject
+) -> tuple[Woodbury, dict[str, float]]:
+    """The sketch's damped inverse, and the dampings."""
+    file = sketch_file(context, index)
+    dampings = store.read_metadata(file)["dampings"]
+    by_layer = subject.layout.by_layer(dampings, subject.layout.current())
+    return Woodbury(store.read_tensor(file, "K"), by_layer), dampings
 
 
 def open_sketch(
@@ -87,8 +96,7 @@ def truth_shard(context: BenchmarkContext, shard: ShardRef, path: Path, num_trut
     """
     index = shard.items[0] // num_truth
     subject, truth = open_subject(context, index), context.params.truth
-    sketch, dampings, _ = open_sketch(context, index, subject)
-    inverse = sketch.inverse(dampings)
+    inverse, dampings = open_inverse(context, index, subject)
     objective = ProximalObjective(subject.model, subject.layout, subject.train, dampings)
     found: dict[str, list[Tensor]] = {}
     seconds = dict.fromkeys(map(str, truth.epsilons), 0.0)

@@ -142,10 +142,14 @@ def test_the_eigenbasis_of_blocks_diagonalises_the_matrix_with_the_rest_set_to_z
         assert torch.equal(found.values, eigendecompose(matrix, "A").values)
 
 
-@pytest.mark.parametrize("blocks", [0, 8])
-def test_more_blocks_than_rows_are_refused(blocks):
-    with pytest.raises(ValueError, match=f"{blocks} blocks of a matrix of 7 rows"):
-        eigendecompose_blocks(torch.eye(7).double(), blocks, "A")
+def test_more_blocks_than_rows_are_its_rows_and_none_is_refused():
+    matrix = torch.arange(49.0).reshape(7, 7).double()
+    matrix = matrix @ matrix.T
+    found = eigendecompose_blocks(matrix, 8, "A")
+    assert torch.equal(found.values, matrix.diagonal())
+    assert torch.equal(found.vectors.abs(), torch.eye(7).double())
+    with pytest.raises(ValueError, match="0 blocks; give 1 or more"):
+        eigendecompose_blocks(matrix, 0, "A")
 
 
 @pytest.mark.parametrize("name", ["regression", "images"])

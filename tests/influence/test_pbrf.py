@@ -7,7 +7,6 @@ import torch
 
 from influence.sequences import TokenBatch
 from influence.validation.nystrom import Nystrom
-from influence.validation.lbfgs import minimise
 from influence.validation.pbrf import ProximalObjective, Response, respond
 from tests.influence import models
 from tests.influence import validation_cases as cases
@@ -51,8 +50,8 @@ def test_value_and_gradient_are_those_of_the_objective_written_out(name):
 def test_at_rest_only_the_example_pulls():
     """D and ‖θ − θˢ‖² have their minimum at θˢ: there ∇Q = ε∇L."""
     case = cases.of("classification")
-    _, got = objective(case).values(torch.zeros(len(case.data.ids), len(case.G)).double(), case.data,
-                                   -0.2)  # fmt: skip
+    nowhere = torch.zeros(len(case.data.ids), len(case.G)).double()
+    _, got = objective(case).values(nowhere, case.data, -0.2)
     assert models.relative_error(got, -0.2 * case.loss_gradients()) < 1e-10
 
 

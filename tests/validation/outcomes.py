@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from influence.statistics import Agreement
 from tasks.validation.outcome import (
-    Correlation,
     Found,
     MethodOutcome,
     Outcome,
@@ -33,10 +33,10 @@ DIVERGED = (
 )
 
 
-def correlation(pearson: float, width: float = 0.06) -> Correlation:
+def correlation(pearson: float, width: float = 0.06) -> Agreement:
     spread = width * (1 - pearson)
     low, high = pearson - 1.2 * spread - 0.004, min(1.0, pearson + spread)
-    return Correlation(pearson, pearson - 0.02, low, high, 30)
+    return Agreement(pearson, pearson - 0.02, low, high, 30)
 
 
 def method(name: str, pearson: float, fit: float, query: float) -> MethodOutcome:
@@ -95,7 +95,7 @@ def outcome(benchmark: str = "concrete", **changes: Any) -> Outcome:
         dtype="float64",
         damping={"ratio": 0.1},
         trained=tuple(
-            Trained(seed, 0.03, 1e-4, 0.041, 0.066, 0.071, None, 5.2) for seed in SEEDS
+            Trained(seed, 0.03, 1e-4, 0.041, 0.066, 0.071, 5.2) for seed in SEEDS
         ),
         truth=(truth(0.1, 0.9994, 0.004), truth(0.05, 0.9996, 0.0), truth(1.0, 0.984, 0.09)),
         methods={**methods, "bm25": failure("needs text")},

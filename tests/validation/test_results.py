@@ -176,7 +176,7 @@ def test_what_has_not_run_leaves_a_threshold_open():
     ],
 )
 def test_a_threshold_can_be_missed(words, changes):
-    name = {"and BM25": "tinylm"}.get(words, "digits")
+    name = {"and BM25": "tinylm", "rank 32": "mnist"}.get(words, "digits")
     name = "tinylm" if any(w in words for w in ("text", "faster", "further")) else name
     assert verdict(words, as_json(name, **changes)) == "missed"
     [bold] = [line for line in results.render([as_json(name, **changes)]).split("\n")

@@ -51,9 +51,8 @@ def test_a_benchmark_is_of_the_size_it_needs(root: Path, name: str):
     assert max(params.estimators.fit_sizes) <= num_train < 2 * max(params.estimators.fit_sizes) + 2
     model = build(params.network, splits, torch.float32, params.seeds[0])
     layers, _ = find_layers(model, params.layers)
-    smallest = [min(layer.d_in, layer.d_out) for layer in layers]
-    if params.estimators.rank is not None:
-        assert max(smallest) > params.estimators.rank
+    widest = max(min(layer.d_in, layer.d_out) for layer in layers)
+    assert max(params.estimators.ranks) <= widest
 
 
 @pytest.mark.parametrize("name", GIVEN)
