@@ -27,7 +27,8 @@ DIRECTION = {
 # The mathematics sees tensors only: no files, no network, no clock, no global seed.
 INFLUENCE_MAY_IMPORT = {
     "influence", "torch", "einops", "jaxtyping",
-    "collections", "contextlib", "dataclasses", "fnmatch", "functools", "math", "operator", "typing",
+    "collections", "contextlib", "dataclasses", "fnmatch", "functools", "math",
+    "operator", "typing",
 }  # fmt: skip
 
 # Third-party tool → the files that may import it. What is not listed may be imported nowhere.
