@@ -43,7 +43,7 @@ STYLES = {
 SWEEPS = {
     "dampings": ("damping ÷ mean eigenvalue", "the exact influence at the same damping"),
     "ranks": ("rank of the query gradients", "full rank"),
-    "splits": ("O, blocks of A and S", "one block"),
+    "splits": ("O, blocks of A and S, and the memory", "one block"),
     "fit_sizes": ("examples the curvature is fitted on", "all examples"),
 }
 

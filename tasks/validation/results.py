@@ -23,7 +23,7 @@ SWEEPS = {  # of which a line each, and what is compared there
     "astra": "ASTRA by iterations, with exact Gauss–Newton",
     "dampings": "damping ÷ mean eigenvalue, with exact Gauss–Newton of the same damping",
     "ranks": "rank, with full rank",
-    "splits": "blocks of A and S, with one block",
+    "splits": "blocks of A and S (share of the memory), with one block",
     "fit_sizes": "examples of the fit, with all",
 }
 

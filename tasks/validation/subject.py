@@ -59,12 +59,18 @@ class Subject:
         return Layout.of(self.layers)
 
     @property
+    def examples_at_once(self) -> int:
+        """Of one pass: more would not stay in the processor's caches."""
+        return 32 if self.splits.context else 1024
+
+    @property
     def side_by_side(self) -> int:
         """How many vectors, or copies of the model, fit into memory together."""
         like = self.layout.current()
         rows = self.train.inputs[0].numel() if self.splits.context else self._positions()
         widths = sum(layer.d_in + layer.d_out for layer in self.layers) + self.splits.num_outputs
-        one = 4 * self.num_examples * rows * widths * like.element_size()
+        examples = min(self.num_examples, self.examples_at_once)
+        one = 4 * examples * rows * widths * like.element_size()
         return max(1, min(64, MEMORY // max(one, 1)))
 
     def _positions(self) -> int:
@@ -76,7 +82,9 @@ class Subject:
     @property
     def curvature(self) -> GaussNewton:
         """The exact G over all training examples."""
-        return GaussNewton(self.model, self.layout, self.train, vectors_at_once=self.side_by_side)
+        return GaussNewton(
+            self.model, self.layout, self.train, self.examples_at_once, self.side_by_side
+        )
 
     def batches(self, places: Int[Tensor, " k"] | None = None) -> list[Batch]:
         """Training examples in batches, all of them or those at some places."""

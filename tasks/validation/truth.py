@@ -97,7 +97,9 @@ def truth_shard(context: BenchmarkContext, shard: ShardRef, path: Path, num_trut
     index = shard.items[0] // num_truth
     subject, truth = open_subject(context, index), context.params.truth
     inverse, dampings = open_inverse(context, index, subject)
-    objective = ProximalObjective(subject.model, subject.layout, subject.train, dampings)
+    objective = ProximalObjective(
+        subject.model, subject.layout, subject.train, dampings, subject.examples_at_once
+    )
     found: dict[str, list[Tensor]] = {}
     seconds = dict.fromkeys(map(str, truth.epsilons), 0.0)
     places = [item % num_truth for item in shard.items]
