@@ -112,7 +112,7 @@ def _beside(root: Path, folder: Path) -> Iterator[Path]:
     """Templates and styles in a sub-package: its modules read them."""
     if len(folder.parts) > 1:
         for file in sorted((root / folder).rglob("*")):
-            if file.is_file() and file.suffix in {".j2", ".html", ".css", ".js"}:
+            if file.is_file() and file.suffix in {".j2", ".html", ".css", ".js", ".json"}:
                 yield file.relative_to(root)
 
 

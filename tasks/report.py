@@ -9,6 +9,7 @@ from tasks.tracking import attach
 from tasks.workspace import StageContext
 
 PAGE = "index.html"
+GROUND_TRUTH = Path(__file__).parent / "page/templates/ground_truth.json"
 
 
 def run(context: StageContext) -> None:
@@ -33,6 +34,7 @@ def read_evidence(context: StageContext) -> Evidence:
         recall=store.read_json(validate / "recall.json"),
         baselines=store.read_table(validate / "baselines.parquet").to_pylist(),
         plots=_plots(validate),
+        ground_truth=store.read_json(GROUND_TRUTH),
     )
 
 

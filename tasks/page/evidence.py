@@ -15,6 +15,7 @@ class Evidence:
 
     summary: score/summary.json. queries: query/queries.json. top: rows of score/top.parquet.
     baselines: rows of validate/baselines.parquet. plots: PNG files of validate by name.
+    ground_truth: what the benchmarks found, for the whole project.
     """
 
     run: str
@@ -26,6 +27,7 @@ class Evidence:
     recall: Mapping[str, Any] = field(default_factory=dict)
     baselines: Sequence[Row] = ()
     plots: Mapping[str, bytes] = field(default_factory=dict)
+    ground_truth: Sequence[Row] = ()
 
     def checked(self) -> "Evidence":
         """Itself. A ValueError names the row where the artefacts contradict each other."""

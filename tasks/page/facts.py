@@ -90,7 +90,14 @@ def facts(evidence: Evidence) -> Facts:
         damping=_damping(summary["damping"], evidence.metrics.get("layers") or {}),
         rank=str(summary.get("rank") or "full"),
         filter=_filter({**evidence.recall, **(summary.get("filter") or {})}),
-        verdicts=tuple(verdicts(evidence.metrics, evidence.recall, summary.get("rescore") or {})),
+        verdicts=tuple(
+            verdicts(
+                evidence.metrics,
+                evidence.recall,
+                summary.get("rescore") or {},
+                evidence.ground_truth,
+            )
+        ),
         metrics=tuple(flattened({k: v for k, v in evidence.metrics.items() if k != "layers"})),
         plots=tuple(
             (name, "data:image/png;base64," + base64.b64encode(content).decode("ascii"))

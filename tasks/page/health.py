@@ -1,6 +1,6 @@
 """What the numbers of `validate` say about this run, in plain language."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +32,10 @@ class Verdict:
 
 
 def verdicts(
-    metrics: Mapping[str, Any], recall: Mapping[str, Any], rescore: Mapping[str, Any]
+    metrics: Mapping[str, Any],
+    recall: Mapping[str, Any],
+    rescore: Mapping[str, Any],
+    ground_truth: Sequence[Mapping[str, Any]] = (),
 ) -> list[Verdict]:
     """A verdict on every quantity that was measured; what is absent is left out."""
     measured = (
@@ -41,6 +44,7 @@ def verdicts(
         _low_rank(metrics.get("low_rank") or rescore),
         _recall(recall),
         *_rivals(metrics.get("baselines")),
+        _ground_truth(ground_truth),
     )
     return [verdict for verdict in measured if verdict is not None]
 
@@ -157,3 +161,21 @@ def _rivals(baselines: Mapping[str, Any] | None) -> Iterator[Verdict]:
         how = "much the same order as" if value >= 0.8 else "an order related to that of"
         sentence = f"EK-FAC gives {how if value >= 0.3 else 'another order than'} {name}."
         yield Verdict(f"Against {name}", f"ρ = {plain(value, 2)}", "note", sentence)
+
+
+def _ground_truth(benchmarks: Sequence[Mapping[str, Any]]) -> Verdict | None:
+    """What EK-FAC is worth where the true response can be had; it was not measured on this run."""
+    if not benchmarks:
+        return None
+    found = [each["ekfac"]["pearson"] for each in benchmarks]
+    each_told = ", ".join(
+        f"{each['benchmark']} {correlation(each['ekfac']['pearson'])}{_interval(each['ekfac'])}"
+        for each in benchmarks
+    )
+    dots = ", ".join(correlation(each["gradient_dot"]["pearson"]) for each in benchmarks)
+    sentence = (
+        "Not measured on this model: on benchmarks small enough to know the true response (PBRF), "
+        f"EK-FAC correlates with it so: {each_told}; gradient dot product: {dots}."
+    )
+    value = f"r = {correlation(min(found))} to {correlation(max(found))}"
+    return Verdict("Against ground truth, on benchmarks", value, "note", sentence)

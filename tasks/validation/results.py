@@ -1,8 +1,11 @@
 """Tables of docs/results.md and README.md, rendered from docs/results/*.json and from nothing else.
 
-Both files are written by hand but for what stands between two markers.
+Both files are written by hand but for what stands between two markers. The reports of runs show a
+few of the same numbers; they find them in a file of their own, since a report that depended on the
+outcomes would make DVC run the benchmarks first.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from tasks.validation.context import RESULTS
 from tasks.validation.thresholds import Threshold, judge
 
 PAGE, README = Path("docs/results.md"), Path("README.md")
+CARD = Path("tasks/page/templates/ground_truth.json")
 OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NOTHING = "No benchmark has been run yet: `python -m flows.stage validate concrete` runs the first."
 COLUMNS = ("ekfac", "gradient_dot", "lissa", "astra", "exact")  # of the README
@@ -64,9 +68,10 @@ def check(root: Path) -> list[str]:
 
 def _wanted(root: Path) -> dict[Path, str]:
     outcomes, pages = read(root), {root / PAGE: render, root / README: readme_block}
-    return {
+    wanted = {
         path: _with_block(path, block(outcomes)) for path, block in pages.items() if path.exists()
     }
+    return wanted | ({root / CARD: card(outcomes)} if (root / CARD).exists() else {})
 
 
 def _with_block(path: Path, block: str) -> str:
@@ -92,6 +97,17 @@ def readme_block(outcomes: Sequence[Mapping[str, Any]]) -> str:
     head = ["Pearson with the PBRF", *map(labels.method, COLUMNS), "queries"]
     told = "95 % bootstrap intervals over the queries of all seeds."
     return _table(head, rows) + f"\n\n{told} Everything else: [docs/results.md](docs/results.md)."
+
+
+def card(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Agreement of EK-FAC and of gradient dot product with the PBRF, for the reports of runs."""
+    rows = [
+        {"benchmark": each["benchmark"], "title": each["title"]}
+        | {name: each["methods"][name]["truth"] for name in ("ekfac", "gradient_dot")}
+        for each in outcomes
+        if each["benchmark"] != "quick" and each["methods"]["ekfac"]["truth"] is not None
+    ]
+    return json.dumps(rows, indent=1) + "\n"
 
 
 def render(outcomes: Sequence[Mapping[str, Any]]) -> str:

@@ -63,6 +63,22 @@ def test_what_is_written_stands_between_the_markers_and_is_written_once(checkout
     assert "\nold\n" not in page
 
 
+def test_reports_find_the_agreement_of_all_benchmarks_but_quick_and_of_no_failed_one(checkout):
+    file = checkout / results.CARD
+    file.parent.mkdir(parents=True)
+    file.write_text("[]\n")
+    lost = as_json("energy")
+    lost["methods"]["ekfac"]["truth"] = None
+    (checkout / results.RESULTS / "energy.json").write_text(json.dumps(lost))
+    assert results.CARD.name in " ".join(results.check(checkout))
+    results.write(checkout)
+    assert results.check(checkout) == []
+    [told] = json.loads(file.read_text())
+    assert told["benchmark"] == "concrete"
+    assert told["ekfac"]["pearson"] == 0.91
+    assert told["gradient_dot"]["pearson"] == 0.58
+
+
 def test_a_number_changed_by_hand_is_seen(checkout):
     results.write(checkout)
     readme = checkout / results.README
