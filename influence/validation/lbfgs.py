@@ -152,7 +152,14 @@ def _two_loops(
         alpha = rho * (s * q).sum(dim=1)
         q = q - alpha[:, None] * y
         used.append((s, y, rho, alpha))
-    q = precondition(q)
+    q = _scale(pairs, precondition)[:, None] * precondition(q) if pairs else precondition(q)
     for s, y, rho, alpha in reversed(used):
         q = q + (alpha - rho * (y * q).sum(dim=1))[:, None] * s
     return q
+
+
+def _scale(pairs: Sequence[tuple[Vectors, Vectors]], precondition: Precondition) -> Numbers:
+    """sᵀy / yᵀP⁻¹y of the newest pair: how far P⁻¹ is off along it (Nocedal and Wright, 7.20)."""
+    s, y = pairs[-1]
+    sy, natural = (s * y).sum(dim=1), (y * precondition(y)).sum(dim=1)
+    return torch.where((sy > 0) & (natural > 0), sy / natural, 1.0)

@@ -45,6 +45,12 @@ class Nystrom:
             torch.linalg.solve_triangular(root, sketch.double(), upper=False).to(like),
         )
 
+    @property
+    def tail(self) -> float:
+        """The smallest eigenvalue found: about the largest of what the sketch leaves out of G."""
+        inner = (self.F @ self.F.T).double()  # has the eigenvalues of FᵀF
+        return max(0.0, float(torch.linalg.eigvalsh(inner)[0]))
+
     def solve(self, V: Blocks, dampings: Mapping[str, float]) -> dict[str, Tensor]:
         """(FᵀF + diag λ_ℓ)⁻¹V, by the Woodbury identity."""
         return self.layout.blocks(self.inverse(dampings).apply(self.layout.vector(V)))

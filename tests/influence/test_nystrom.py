@@ -37,6 +37,8 @@ def test_with_fewer_columns_it_is_a_positive_definite_inverse_that_saves_iterati
     dense = sketch.inverse(case.dampings).apply(torch.eye(len(case.G)).double())
     assert (dense - dense.T).abs().max() < 1e-10 * dense.abs().max()
     assert torch.linalg.eigvalsh(dense)[0] > 0
+    tail = torch.linalg.eigvalsh(sketch.F.T @ sketch.F)[-8].item()
+    assert sketch.tail == pytest.approx(tail, rel=1e-6)
     # The sketch is below G, never above: (Frangella, Tropp and Udell 2023, Lemma 2.1).
     above = torch.linalg.eigvalsh(case.G - sketch.F.T @ sketch.F)
     assert above[0] > -1e-9 * above[-1]
