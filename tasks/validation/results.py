@@ -71,7 +71,9 @@ def _wanted(root: Path) -> dict[Path, str]:
     wanted = {
         path: _with_block(path, block(outcomes)) for path, block in pages.items() if path.exists()
     }
-    return wanted | ({root / CARD: card(outcomes)} if (root / CARD).exists() else {})
+    if (root / PAGE).exists() and (root / CARD).exists():
+        wanted[root / CARD] = card(outcomes)
+    return wanted
 
 
 def _with_block(path: Path, block: str) -> str:
