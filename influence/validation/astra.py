@@ -5,7 +5,7 @@ its bias, at the price of a few passes over the data. Steps carry momentum (Nest
 answer is the mean of the second half of them: minibatch noise does not vanish by itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.solver import Blocks, Solver
-from influence.validation.ggn import GaussNewton, Vectors, top_eigenvalue
+from influence.validation.ggn import (
+    GaussNewton,
+    Operator,
+    Vectors,
+    preconditioner_of,
+    top_eigenvalue,
+)
 from influence.validation.minibatches import minibatches, worst_eigenvalue
 
 MOMENTUM = 0.9
-Operator = Callable[[Vectors], Vectors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,7 @@ class ASTRA:
         layout = self.curvature.layout
         v = layout.vector(V)
         damping = layout.by_layer(dampings, v)
-
-        def precondition(r: Vectors) -> Vectors:
-            return layout.vector(self.preconditioner.solve(layout.blocks(r), dampings))
-
+        precondition = preconditioner_of(self.preconditioner, layout)(dampings)
         theta = precondition(v)
         if not self.num_iterations:
             return layout.blocks(theta)
@@ -89,11 +91,13 @@ class ASTRA:
     ) -> None:
         """Refuse an end that solves the system worse than the start did, and than 0 would."""
 
-        def error(theta: Vectors) -> Float[Tensor, " k"]:
-            residual = self.curvature.product(theta) + damping * theta - v
+        def size(residual: Vectors) -> Float[Tensor, " k"]:
             return (residual * precondition(residual)).sum(dim=1).sqrt()
 
-        before, after = torch.maximum(error(start), error(torch.zeros_like(v))), error(end)
+        def error(theta: Vectors) -> Float[Tensor, " k"]:
+            return size(self.curvature.product(theta) + damping * theta - v)
+
+        before, after = torch.maximum(error(start), size(v)), error(end)
         if not bool((after <= before).all()):  # NaN is not
             worst = (after / before).nan_to_num(torch.inf).max()
             raise ValueError(

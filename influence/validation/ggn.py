@@ -18,6 +18,8 @@ from influence.solver import Blocks, Solver
 from influence.validation.layout import Layout
 
 Vectors = Float[Tensor, "k p"]
+Operator = Callable[[Vectors], Vectors]
+Preconditioner = Callable[[Mapping[str, float]], Operator]  # of the dampings λ_ℓ by layer
 
 
 def outputs_at(
@@ -98,9 +100,9 @@ class Solution:
 
 
 def conjugate_gradients(
-    operator: Callable[[Vectors], Vectors],
+    operator: Operator,
     b: Vectors,
-    precondition: Callable[[Vectors], Vectors],
+    precondition: Operator,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
@@ -129,9 +131,20 @@ def conjugate_gradients(
     return Solution(x, iterations, residuals, bool((residuals <= tolerance).all()))
 
 
+def preconditioner_of(solver: Solver, layout: Layout) -> Preconditioner:
+    """Any estimator, EK-FAC say, as the preconditioner of the exact solve."""
+
+    def factored(dampings: Mapping[str, float]) -> Operator:
+        return lambda r: layout.vector(solver.solve(layout.blocks(r), dampings))
+
+    return factored
+
+
 @dataclass(frozen=True, slots=True)
 class ExactGaussNewton:
     """(G + diag λ_ℓ)⁻¹ with the exact G of all layers together, by conjugate gradients.
+
+    `preconditioner` is asked once a solve: what it factors for the dampings serves all iterations.
 
     Raises (by `solve`):
         ValueError: if `max_iterations` do not reach the tolerance; a truncated solve would pass
@@ -139,7 +152,7 @@ class ExactGaussNewton:
     """
 
     curvature: GaussNewton
-    preconditioner: Solver
+    preconditioner: Preconditioner
     tolerance: float = 1e-8
     max_iterations: int = 1000
 
@@ -152,14 +165,10 @@ class ExactGaussNewton:
         """The same for vectors, with iterations and residuals."""
         layout = self.curvature.layout
         damping = layout.by_layer(dampings, b)
-
-        def precondition(r: Vectors) -> Vectors:
-            return layout.vector(self.preconditioner.solve(layout.blocks(r), dampings))
-
         solution = conjugate_gradients(
             lambda p: self.curvature.product(p) + damping * p,
             b,
-            precondition,
+            self.preconditioner(dampings),
             self.tolerance,
             self.max_iterations,
         )
@@ -181,7 +190,7 @@ def trace(curvature: GaussNewton, like: Tensor, num_probes: int, seed: int) -> f
 
 
 def top_eigenvalue(
-    operator: Callable[[Vectors], Vectors],
+    operator: Operator,
     like: Float[Tensor, " p"],
     seed: int,
     tolerance: float = 1e-2,

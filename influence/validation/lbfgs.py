@@ -56,15 +56,14 @@ def minimise(
     natural = precondition(gradient)
     evaluations = torch.ones(len(x), dtype=torch.long)
     held = torch.zeros(len(x), dtype=torch.bool)  # no step down was found
-    pairs: list[tuple[Vectors, Vectors]] = []
+    pairs: list[_Pair] = []
     while True:
         open_ = (_norms(gradient, natural) > tolerances) & ~held & (evaluations < max_evaluations)
         active = open_.nonzero()[:, 0]
         if not len(active):
             return Minimum(x, _norms(gradient, natural), evaluations)
         g = gradient[active]
-        remembered = [(s[active], y[active]) for s, y in pairs]
-        direction = -_two_loops(remembered, g, precondition)
+        direction = -_two_loops([pair.of(active) for pair in pairs], g, natural[active])
         # A history that does not descend is not used for that problem.
         descends = (direction * g).sum(dim=1) < 0
         direction = torch.where(descends[:, None], direction, -natural[active])
@@ -74,19 +73,37 @@ def minimise(
         )  # fmt: skip
         evaluations[active] += step.evaluations
         _forget(pairs, active[~step.found], held)
-        s, y = torch.zeros_like(x), torch.zeros_like(x)
-        s[active], y[active] = step.points - x[active], step.gradients - g
-        pairs = [*pairs, (s, y)][-HISTORY:]
+        after = precondition(step.gradients)
+        pair = _Pair(torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x))
+        pair.s[active], pair.y[active] = step.points - x[active], step.gradients - g
+        pair.natural[active] = after - natural[active]
+        pairs = [*pairs, pair][-HISTORY:]
         x[active], value[active], gradient[active] = step.points, step.values, step.gradients
-        natural[active] = precondition(step.gradients)
+        natural[active] = after
 
 
-def _forget(pairs: list[tuple[Vectors, Vectors]], stays: Tensor, held: Tensor) -> None:
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A step s, the change y of the gradient along it, and P⁻¹y, for each problem.
+
+    P⁻¹y is the difference of two P⁻¹g: P⁻¹, which may cost more than a gradient, is applied once
+    at each new point and nowhere else.
+    """
+
+    s: Vectors
+    y: Vectors
+    natural: Vectors
+
+    def of(self, problems: Int[Tensor, " k"]) -> "_Pair":
+        return _Pair(self.s[problems], self.y[problems], self.natural[problems])
+
+
+def _forget(pairs: list[_Pair], stays: Tensor, held: Tensor) -> None:
     """What found no step tries without its history; what has none is held, for good."""
-    remembers = [s[stays].any(dim=1) for s, _ in pairs]
+    remembers = [pair.s[stays].any(dim=1) for pair in pairs]
     held[stays] = ~torch.stack(remembers).any(dim=0) if pairs else True
-    for s, _ in pairs:
-        s[stays] = 0
+    for pair in pairs:
+        pair.s[stays] = 0
 
 
 def _norms(gradient: Vectors, natural: Vectors) -> Numbers:
@@ -141,25 +158,23 @@ def _search(
     return _Step(points, values, gradients, found, tries)
 
 
-def _two_loops(
-    pairs: Sequence[tuple[Vectors, Vectors]], gradient: Vectors, precondition: Precondition
-) -> Vectors:
+def _two_loops(pairs: Sequence[_Pair], gradient: Vectors, natural: Vectors) -> Vectors:
     """H g with the L-BFGS inverse Hessian H; a problem's pairs without curvature are skipped."""
-    q, used = gradient, []
-    for s, y in reversed(pairs):
-        sy = (s * y).sum(dim=1)
+    q, inverse_q, used = gradient, natural, []
+    for pair in reversed(pairs):
+        sy = (pair.s * pair.y).sum(dim=1)
         rho = torch.where(sy > 0, 1 / sy, 0.0)
-        alpha = rho * (s * q).sum(dim=1)
-        q = q - alpha[:, None] * y
-        used.append((s, y, rho, alpha))
-    q = _scale(pairs, precondition)[:, None] * precondition(q) if pairs else precondition(q)
-    for s, y, rho, alpha in reversed(used):
-        q = q + (alpha - rho * (y * q).sum(dim=1))[:, None] * s
-    return q
+        alpha = rho * (pair.s * q).sum(dim=1)
+        q = q - alpha[:, None] * pair.y
+        inverse_q = inverse_q - alpha[:, None] * pair.natural
+        used.append((pair, rho, alpha))
+    found = _scale(pairs[-1])[:, None] * inverse_q if pairs else inverse_q
+    for pair, rho, alpha in reversed(used):
+        found = found + (alpha - rho * (pair.y * found).sum(dim=1))[:, None] * pair.s
+    return found
 
 
-def _scale(pairs: Sequence[tuple[Vectors, Vectors]], precondition: Precondition) -> Numbers:
-    """sᵀy / yᵀP⁻¹y of the newest pair: how far P⁻¹ is off along it (Nocedal and Wright, 7.20)."""
-    s, y = pairs[-1]
-    sy, natural = (s * y).sum(dim=1), (y * precondition(y)).sum(dim=1)
+def _scale(newest: _Pair) -> Numbers:
+    """sᵀy / yᵀP⁻¹y: how far P⁻¹ is off along the newest step (Nocedal and Wright, 7.20)."""
+    sy, natural = (newest.s * newest.y).sum(dim=1), (newest.y * newest.natural).sum(dim=1)
     return torch.where((sy > 0) & (natural > 0), sy / natural, 1.0)

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.solver import Blocks
-from influence.validation.ggn import GaussNewton, Vectors
+from influence.validation.ggn import GaussNewton, Operator, Vectors
 from influence.validation.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Nystrom:
-    """G ≈ FᵀF with F of few rows; a `Solver`, and the preconditioner of the exact one."""
+    """G ≈ FᵀF with F of few rows; a `Solver`, and a preconditioner of the exact one."""
 
     layout: Layout
     F: Float[Tensor, "s p"]
@@ -54,6 +54,10 @@ class Nystrom:
     def solve(self, V: Blocks, dampings: Mapping[str, float]) -> dict[str, Tensor]:
         """(FᵀF + diag λ_ℓ)⁻¹V, by the Woodbury identity."""
         return self.layout.blocks(self.inverse(dampings).apply(self.layout.vector(V)))
+
+    def preconditioner(self, dampings: Mapping[str, float]) -> Operator:
+        """Of the exact solve: the damped inverse, factored once."""
+        return self.inverse(dampings).apply
 
     def inverse(self, dampings: Mapping[str, float]) -> "Woodbury":
         """(FᵀF + diag λ_ℓ)⁻¹, factored once for many vectors."""

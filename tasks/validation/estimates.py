@@ -76,7 +76,7 @@ def estimate_shard(context: BenchmarkContext, shard: ShardRef, path: Path) -> No
     gradients = _gradients(notebook)
     fitted = _layerwise(notebook, gradients, dampings, params.estimators.draws, seed)
     exact = ExactGaussNewton(
-        subject.curvature, sketch, CG_TOLERANCE[next(iter(gradients.values())).dtype]
+        subject.curvature, sketch.preconditioner, CG_TOLERANCE[next(iter(gradients.values())).dtype]
     )
     notebook.fit_seconds["exact"] = sketch_seconds
     notebook.solve("exact", exact, gradients, dampings)

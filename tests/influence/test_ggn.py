@@ -12,6 +12,7 @@ from influence.validation.ggn import (
     ExactGaussNewton,
     conjugate_gradients,
     curvature_product,
+    preconditioner_of,
     top_eigenvalue,
     trace,
 )
@@ -110,17 +111,31 @@ def test_the_exact_solve_is_the_dense_solve_with_another_damping_for_each_layer(
     case, V = cases.of(name), cases.of(name).vectors(2)
     wanted = oracles.damped_solve(case.G, case.damping_vector, V)
     ekfac = Blockwise(fit_curvature(case.model, case.layers, [case.data], 0).ekfac)
-    for preconditioner in (identity(case), ekfac):
-        exact = ExactGaussNewton(case.curvature, preconditioner, 1e-10)
+    for solver in (identity(case), ekfac):
+        exact = ExactGaussNewton(case.curvature, preconditioner_of(solver, case.layout), 1e-10)
         got = exact.solve(case.layout.blocks(V), case.dampings)
         assert models.relative_error(case.layout.vector(got), wanted) < 1e-7
         for layer in case.layers:
             assert got[layer.name].shape == (2, layer.d_out, layer.d_in)
 
 
+def test_a_preconditioner_is_factored_once_for_all_iterations():
+    case, asked = cases.of("regression"), []
+
+    def preconditioner(dampings):
+        asked.append(dict(dampings))
+        return lambda r: r
+
+    exact = ExactGaussNewton(case.curvature, preconditioner, 1e-8)
+    assert exact.solution(case.vectors(2), case.dampings).num_iterations > 2
+    assert asked == [dict(case.dampings)]
+
+
 def test_a_truncated_exact_solve_is_refused_with_its_residual():
     case = cases.of("regression")
-    exact = ExactGaussNewton(case.curvature, identity(case), 1e-11, max_iterations=2)
+    exact = ExactGaussNewton(
+        case.curvature, preconditioner_of(identity(case), case.layout), 1e-11, max_iterations=2
+    )
     with pytest.raises(ValueError, match=r"stopped at 2 iterations with a relative residual of"):
         exact.solve(case.layout.blocks(case.vectors(1)), case.dampings)
 
@@ -130,7 +145,9 @@ def test_ekfac_conditions_the_system_better_than_nothing():
     fitted = fit_curvature(case.model, case.layers, [case.data], 0, draws=4)
     dampings = fitted.dampings(RelativeDamping(0.1))
     steps = [
-        ExactGaussNewton(case.curvature, of, 1e-8).solution(case.vectors(2), dampings)
+        ExactGaussNewton(case.curvature, preconditioner_of(of, case.layout), 1e-8).solution(
+            case.vectors(2), dampings
+        )
         for of in (identity(case), Blockwise(fitted.ekfac))
     ]
     assert steps[1].num_iterations < 0.8 * steps[0].num_iterations

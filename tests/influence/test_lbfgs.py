@@ -34,6 +34,23 @@ def test_problems_side_by_side_are_solved_as_if_each_were_alone():
         assert alone.evaluations[0] == together.evaluations[k]
 
 
+def test_the_preconditioner_is_applied_once_at_each_point_and_nowhere_else():
+    """It may cost more than a gradient."""
+    A = torch.diag(torch.logspace(0, 3, 12)).double()
+    applied = []
+
+    def precondition(r: Tensor) -> Tensor:
+        applied.append(len(r))
+        return r
+
+    found = minimise(
+        lambda x, _: ((x @ A * x).sum(dim=1) / 2, x @ A),
+        precondition, torch.ones(1, 12).double(), torch.tensor([1e-6]).double(), 200,
+    )  # fmt: skip
+    assert found.norms[0] <= 1e-6
+    assert len(applied) <= found.evaluations[0]
+
+
 def with_kinks(x: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
     """½ Σ d (x − c)² + Σ |x|: the minimum is soft(c, 1/d), half of it on kinks."""
     weight = torch.tensor([1.0, 2.0, 5.0, 1.0]).double()

@@ -25,7 +25,7 @@ def test_with_as_many_columns_as_the_rank_it_is_the_dense_damped_inverse(name):
         assert models.relative_error(got, wanted) < 1e-7
     # Columns beyond the rank cost nothing but time, and bring it to rounding.
     assert models.relative_error(got, wanted) < 1e-9
-    exact = ExactGaussNewton(case.curvature, sketch, 1e-7)
+    exact = ExactGaussNewton(case.curvature, sketch.preconditioner, 1e-7)
     assert exact.solution(V, case.dampings).num_iterations == 1
 
 
@@ -46,7 +46,7 @@ def test_with_fewer_columns_it_is_a_positive_definite_inverse_that_saves_iterati
     dampings = {name: 0.2 * value for name, value in case.dampings.items()}
     plain, sketched = (
         ExactGaussNewton(case.curvature, of, 1e-9).solution(case.vectors(1), dampings)
-        for of in (none, sketch)
+        for of in (ggn.preconditioner_of(none, case.layout), sketch.preconditioner)
     )
     assert sketched.num_iterations < plain.num_iterations
 

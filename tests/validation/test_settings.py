@@ -32,9 +32,8 @@ def test_the_benchmarks_are_these(root: Path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_agrees_with_itself(root: Path, name: str):
     params = load_benchmark(root, name)
-    single = params.dtype == "float32"
     assert params.runtime.dtype == params.dtype
-    assert params.truth.epsilons[0] == (1.0 if single else 0.1)
+    assert params.truth.epsilons[0] == 0.1
     assert params.damping.model_dump() == {"training": True}
     assert all(size.bit_count() == 1 for size in params.estimators.fit_sizes)
     if params.retraining:
