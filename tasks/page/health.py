@@ -169,7 +169,8 @@ def _ground_truth(benchmarks: Sequence[Mapping[str, Any]]) -> Verdict | None:
         return None
     found = [each["ekfac"]["pearson"] for each in benchmarks]
     each_told = ", ".join(
-        f"{each['benchmark']} {correlation(each['ekfac']['pearson'])}{_interval(each['ekfac'])}"
+        f"{each['benchmark']} {correlation(each['ekfac']['pearson'])}{_interval(each['ekfac'])} "
+        f"over {each['ekfac']['num_queries']} queries"
         for each in benchmarks
     )
     dots = ", ".join(correlation(each["gradient_dot"]["pearson"]) for each in benchmarks)
