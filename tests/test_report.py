@@ -538,17 +538,22 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
 
 def test_what_benchmarks_found_stands_beside_the_scores_and_is_not_called_this_runs() -> None:
     def agreement(pearson: float) -> dict[str, float]:
-        return {"pearson": pearson, "low": pearson - 0.02, "high": pearson + 0.03}
+        return {
+            "pearson": pearson,
+            "low": pearson - 0.02,
+            "high": pearson + 0.03,
+            "num_queries": 30,
+        }
 
     rows = [
-        {"benchmark": name, "title": "", "ekfac": agreement(r), "gradient_dot": agreement(r / 2)}
+        {"benchmark": name, "ekfac": agreement(r), "gradient_dot": agreement(r / 2)}
         for name, r in (("concrete", 0.74), ("digits", 0.58))
     ]
     [told] = verdicts({}, {}, {}, rows)
     assert told.grade == "note"
     assert told.value == "r = 0.580 to 0.740"
     assert "Not measured on this model" in told.sentence
-    assert "concrete 0.740 (0.720 to 0.770), digits 0.580 (0.560 to 0.610)" in told.sentence
+    assert "concrete 0.740 (0.720 to 0.770) over 30 queries, digits 0.580 (" in told.sentence
     assert "gradient dot product: 0.370, 0.290." in told.sentence
     assert "gradient dot product: 0.370" in document(replace(evidence(), ground_truth=rows), 3)
 

@@ -104,7 +104,7 @@ def readme_block(outcomes: Sequence[Mapping[str, Any]]) -> str:
 def card(outcomes: Sequence[Mapping[str, Any]]) -> str:
     """Agreement of EK-FAC and of gradient dot product with the PBRF, for the reports of runs."""
     rows = [
-        {"benchmark": each["benchmark"], "title": each["title"]}
+        {"benchmark": each["benchmark"]}
         | {name: each["methods"][name]["truth"] for name in ("ekfac", "gradient_dot")}
         for each in outcomes
         if each["benchmark"] != "quick" and each["methods"]["ekfac"]["truth"] is not None
