@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.capture import LayerIO
+from influence.contraction import Contraction, cheapest
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.lowrank import LowRank
@@ -25,36 +24,6 @@ def influence(raw: Float[Tensor, "*shape"], num_training_sequences: int) -> Floa
     if num_training_sequences < 1:
         raise ValueError(f"N is {num_training_sequences}; a training set has at least 1 sequence")
     return -raw / num_training_sequences
-
-
-def contract(
-    io: LayerIO, query: LowRank, dense: Float[Tensor, "q d_out d_in"] | None = None
-) -> Float[Tensor, "q n"]:
-    """⟨V_q, Σ_t ds [a; 1]ᵀ⟩ for every query and sequence.
-
-    With `dense` the sequence gradients are formed and meet all queries in one product; without
-    it, tokens are contracted with the low-rank factors and no gradient is formed.
-    """
-    if dense is None:
-        return token_contract(io, query).sum(dim=-1)
-    return dense.flatten(1) @ io.gradient().flatten(1).mT
-
-
-def token_contract(io: LayerIO, query: LowRank) -> Float[Tensor, "q n t"]:
-    """ds_tᵀ V_q [a_t; 1] for every query, sequence and position; raw, as in `scores`."""
-    by_output = einsum(io.ds, query.left, "n t o, q o r -> q n t r")
-    right = query.right[..., : io.a.shape[-1]]
-    by_input = einsum(io.a, right, "n t i, q r i -> q n t r")
-    if io.has_bias:
-        by_input = by_input + rearrange(query.right[..., -1], "q r -> q 1 1 r")
-    return (by_output * by_input).sum(dim=-1)
-
-
-def forms_gradients(layer: Layer, query: LowRank, num_positions: int) -> bool:
-    """Whether forming Σ_t ds aᵀ costs fewer products than going token by token."""
-    formed = (num_positions + query.num_queries) * layer.d_in * layer.d_out
-    by_token = num_positions * query.num_queries * query.rank * (layer.d_in + layer.d_out)
-    return formed <= by_token
 
 
 def stream(
@@ -71,7 +40,7 @@ def stream(
     Raises:
         NonFiniteSequenceError: naming layer and sequence, instead of a score that is not finite.
     """
-    dense: dict[str, Tensor] = {}
+    ready: dict[tuple[str, type[Contraction]], Contraction] = {}
     for batch in batches:
         ios = run_pass(model, layers, batch, training_loss)
         columns = []
@@ -80,12 +49,10 @@ def stream(
             if layer.name not in ios:  # an idle expert: no gradient, no influence
                 columns.append(query.left.new_zeros(query.num_queries, len(batch.ids)))
                 continue
-            if forms_gradients(layer, query, ios[layer.name].a.shape[1]):
-                if layer.name not in dense:
-                    dense[layer.name] = query.dense()
-                columns.append(contract(ios[layer.name], query, dense[layer.name]))
-            else:
-                columns.append(contract(ios[layer.name], query))
+            form = cheapest(query, ios[layer.name].a.shape[1])
+            if (layer.name, form) not in ready:
+                ready[layer.name, form] = form.of(query, layer.has_bias)
+            columns.append(ready[layer.name, form](ios[layer.name]))
         raw = torch.stack(columns, dim=-1)
         if not raw.isfinite().all():
             for layer, column in zip(layers, columns, strict=True):

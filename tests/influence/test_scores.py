@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from influence.contraction import ByToken, Formed, cheapest
 from influence.lowrank import LowRank
-from influence.scores import TopK, contract, forms_gradients, influence, stream
+from influence.scores import TopK, influence, stream
 from tests import oracles
 from tests.influence import models
 
@@ -35,21 +36,6 @@ def test_influence_is_minus_the_raw_contraction_over_n():
 def test_a_training_set_without_sequences_is_refused(n):
     with pytest.raises(ValueError, match=str(n)):
         influence(torch.ones(2), n)
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("rank", [1, 2, None])
-@pytest.mark.parametrize("forms_gradient", [True, False])
-def test_a_contraction_is_the_inner_product_with_the_sequence_gradient(
-    has_bias, rank, forms_gradient
-):
-    io = models.random_io(0, has_bias=has_bias)
-    query = matrices(4, 2, 3 + has_bias, rank)
-    got = contract(io, query, query.dense()) if forms_gradient else contract(io, query)
-    assert got.shape == (4, 3)
-    for q, n in itertools.product(range(4), range(3)):
-        wanted = (query.left[q] @ query.right[q] * io.gradient()[n]).sum()
-        torch.testing.assert_close(got[q, n], wanted)
 
 
 @pytest.mark.parametrize("rank", [1, None])
@@ -120,12 +106,12 @@ def test_both_ways_of_contracting_occur_in_the_streams_above():
     model = models.gpt2()
     layers = models.attributed(model)
     chosen = {
-        forms_gradients(layer, some_queries(layers, rank)[layer.name], num_positions)
+        cheapest(some_queries(layers, rank)[layer.name], num_positions)
         for layer in layers
         for rank in (1, None)
         for num_positions in (2, 6)
     }
-    assert chosen == {True, False}
+    assert chosen == {Formed, ByToken}
 
 
 @given(st.data())
