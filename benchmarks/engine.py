@@ -8,12 +8,13 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from benchmarks import clock, table
-from benchmarks.phases import PHASES, Setting, ours, unit
+from benchmarks.phases import PHASES, Setting, disk_mib, ours, unit
 
 PEER = "peer: "
 
@@ -25,29 +26,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = Setting(
         given.model, given.length, given.sequences, tuple(given.layers), given.queries
     )
-    names = given.phase or PHASES
     if given.memory_of:
         print(json.dumps(_peak(setting, given.memory_of)))
         return
-    works = ours(setting, names)
-    if given.peer:
-        from benchmarks.kronfluence_peer import Kronfluence  # an extra
-
-        peer = Kronfluence(setting)
-        works |= {f"{PEER}{name}": work for name, work in peer.works(names).items()}
-    found = clock.ratios(unit(setting), works, given.repeats)
     about = {
         "model": given.model, "length": given.length, "layers": given.layers,
         "machine": table.machine(), "threads": given.threads, "repeats": given.repeats,
     }  # fmt: skip
-    lines: list[dict[str, object]] = []
-
-    def tell(line: dict[str, object]) -> None:
+    lines = []
+    for line in measured(setting, given):
         lines.append(about | line)
         print(json.dumps(lines[-1], ensure_ascii=False), flush=True)
+    if given.keep:
+        table.keep(table.ROOT, lines)
+        table.write(table.ROOT)
 
+
+def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each phase; with a peer, how far it agrees and what both would write."""
+    names = given.phase or PHASES
+    peer = _kronfluence(setting) if given.peer else None
+    works = ours(setting, names)
+    if peer is not None:
+        works |= {f"{PEER}{name}": work for name, work in peer.works(names).items()}
+    found = clock.ratios(unit(setting), works, given.repeats)
     for name in names:
-        line: dict[str, object] = {"phase": name} | _told(found[name], "fb")
+        line: dict[str, Any] = {"phase": name, **_told(found[name], "fb")}
         if theirs := found.get(PEER + name):
             pairs = zip(found[name].repeats, theirs.repeats, strict=True)
             line |= _told(theirs, "peer_fb")
@@ -56,12 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             line["peak_mib"] = _memory(given, name)
             if PEER + name in found:
                 line["peer_peak_mib"] = _memory(given, PEER + name)
-        tell(line)
-    if given.peer:
-        tell({"agreement": peer.agreement(setting)})
-    if given.keep:
-        table.keep(table.ROOT, lines)
-        table.write(table.ROOT)
+        yield line
+    if peer is not None:
+        yield {"agreement": peer.agreement(setting)}
+        yield {"disk_mib": disk_mib(setting), "peer_disk_mib": peer.disk_mib()}
+
+
+def _kronfluence(setting: Setting) -> Any:
+    from benchmarks.kronfluence_peer import Kronfluence  # an extra that need not be there
+
+    return Kronfluence(setting)
 
 
 def _told(ratio: clock.Ratio, name: str) -> dict[str, float]:
@@ -73,9 +81,7 @@ def _peak(setting: Setting, name: str) -> dict[str, float | None]:
     """Of this process, above what it is given: the model, factors, prepared queries."""
     unit(setting).call()  # what is made once at first use is there before the clock starts
     if name.startswith(PEER):
-        from benchmarks.kronfluence_peer import Kronfluence
-
-        [work] = Kronfluence(setting).works([name.removeprefix(PEER)]).values()
+        [work] = _kronfluence(setting).works([name.removeprefix(PEER)]).values()
     else:
         [work] = ours(setting, [name]).values()
     return {"peak_mib": clock.peak_mib(work.call)}

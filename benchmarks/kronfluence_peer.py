@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks import models
-from benchmarks.clock import Work
+from benchmarks.clock import MIB, Work
 from benchmarks.phases import DAMPING, QUERY_LENGTH, RANK, Setting
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
@@ -192,6 +192,20 @@ class Kronfluence:
             torch.cat([form.sum(dim=-1) for _, form in forms]), self.self_scores()
         )
         return found
+
+    def disk_mib(self) -> dict[str, float]:
+        """Size of the tensors that the peer would write."""
+
+        def size(factors: Factors) -> float:
+            tensors = [tensor for each in factors.values() for tensor in each.values()]
+            return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+
+        eigen = size(self.eigen)
+        return {
+            "factors": size(self.covariances),
+            "eigen": eigen,
+            "spectra": size(self.loaded) - eigen,
+        }
 
     def fit_covariances(self) -> Factors:
         """Sums of A and S."""

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import models
-from benchmarks.clock import Work
+from benchmarks.clock import MIB, Work
 from influence.damping import RelativeDamping
 from influence.eigenbasis import EigenBasis, eigendecompose
 from influence.ekfac import EKFACBlock
@@ -22,6 +24,9 @@ from influence.selfinfluence import stream_self
 from influence.sequences import TokenBatch, batches_by_tokens
 from influence.spectrum import Spectrum, fit_spectra
 from influence.tokens import token_grids
+from tasks.eigens import write_eigens
+from tasks.kronecker import write_factors
+from tasks.spectra import write_spectra
 
 RANK = 32
 DAMPING = RelativeDamping(0.1)
@@ -149,6 +154,21 @@ def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
 PHASES = (
     "factors", "lambda", "self", "query", "stream 8", "tokens 8", "stream 64", "stream 1024"
 )  # fmt: skip
+
+
+def disk_mib(setting: Setting) -> dict[str, float]:
+    """Size of what the stages would write: A and S, their eigenvectors, Λ."""
+    eigens = {
+        f"{side}/{name}": eigendecompose(covariance.value, name)
+        for side, each in (("A", setting.factors.inputs), ("S", setting.factors.outputs))
+        for name, covariance in each.items()
+    }
+    with TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in ("factors", "eigen", "spectra")}
+        write_factors(files["factors"], setting.factors, torch.float32)
+        write_eigens(files["eigen"], eigens, torch.float32)
+        write_spectra(files["spectra"], setting.spectra, torch.float32)
+        return {name: path.stat().st_size / MIB for name, path in files.items()}
 
 
 def _factors(setting: Setting) -> Work:

@@ -104,6 +104,13 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
                     _cell(line, "over_peer"), _memory(line),
                 ]  # fmt: skip
                 parts.append(f"| {' | '.join(cells)} |")
+        for line in lines:
+            if "disk_mib" in line:
+                told = ", ".join(
+                    f"{key} {value:,.0f} against {line['peer_disk_mib'][key]:,.0f}"
+                    for key, value in line["disk_mib"].items()
+                )
+                parts += ["", f"On disk, MiB, ours against kronfluence: {told}."]
         if agreement:
             told = ", ".join(f"{key} {value:.0e}" for key, value in agreement.items())
             parts += ["", f"Relative difference to kronfluence (Frobenius, worst layer): {told}."]

@@ -79,10 +79,14 @@ def fit_spectra(
     if not num_sequences:
         raise ValueError("no batch to fit the spectrum on; give at least one sequence")
     nothing = torch.zeros(2, dtype=torch.float64)
+    before, after = (
+        {layer.name: norms.get(layer.name, nothing)[at] for layer in layers} for at in (0, 1)
+    )
     return {
         layer.name: Spectrum(
             squared.get(layer.name, torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64)),
-            *norms.get(layer.name, nothing),
+            before[layer.name],
+            after[layer.name],
             num_sequences,
         )
         for layer in layers
