@@ -59,6 +59,12 @@ class LowRank:
         return LowRank(*sides)
 
     @property
+    def dense_bytes(self) -> int:
+        """Of `dense()`."""
+        q, d_out, _ = self.left.shape
+        return q * d_out * self.right.shape[2] * self.left.element_size()
+
+    @property
     def rank(self) -> int:
         return self.left.shape[-1]
 

@@ -81,7 +81,7 @@ def rescore(
     for layer in layers:
         query, io = prepared[layer.name], ios.get(layer.name)
         if io is not None:
-            raw = raw + Formed.of(query, layer.has_bias)(io)
+            raw = raw + Formed(query.dense())(io)
         for q, n in pairs:
             if io is None:  # an idle expert
                 cells = query.left.new_zeros(batch.tokens.shape[1])

@@ -51,7 +51,7 @@ def inner_products(
 ) -> Float[Tensor, "q n"]:
     """⟨V_q, ∇L(z_n)⟩ over all layers; raw, as `influence.scores.influence` takes it."""
     columns = []
-    formed = {name: Formed(V.flatten(1)) for name, V in prepared.items()}
+    formed = {name: Formed(V) for name, V in prepared.items()}
     for places in torch.arange(len(examples.ids)).split(EXAMPLES):
         ios = run_pass(model, layers, examples.select(places), training_loss)
         columns.append(sum(formed[name](io) for name, io in ios.items()))

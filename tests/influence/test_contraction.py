@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from influence.contraction import ByToken, Formed, cheapest
+from influence.contraction import ByToken, Formed, forms_gradients
 from influence.lowrank import LowRank
 from tests import oracles
 from tests.influence import models
@@ -18,11 +18,12 @@ def matrices(q: int, o: int, i: int, rank: int | None) -> LowRank:
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("rank", [1, 2, None])
-@pytest.mark.parametrize("form", [Formed, ByToken])
-def test_every_form_is_the_inner_product_with_the_sequence_gradient(has_bias, rank, form):
+@pytest.mark.parametrize("forms_gradient", [True, False])
+def test_every_form_is_the_inner_product_with_the_sequence_gradient(has_bias, rank, forms_gradient):
     io = models.random_io(0, has_bias=has_bias)
     query = matrices(4, 2, 3 + has_bias, rank)
-    got = form.of(query, has_bias)(io)
+    form = Formed(query.dense()) if forms_gradient else ByToken.of(query, has_bias)
+    got = form(io)
     assert got.shape == (4, 3)
     for q, n in itertools.product(range(4), range(3)):
         gradient = sum(
@@ -46,6 +47,8 @@ def test_tokens_are_the_terms_of_the_sum(has_bias):
 
 def test_few_queries_of_low_rank_go_by_token_and_many_form_gradients():
     few, many = (LowRank(torch.zeros(num, 2048, 32), torch.zeros(num, 32, 512)) for num in (8, 256))
-    assert cheapest(few, 512) is ByToken
-    assert cheapest(many, 512) is Formed
-    assert cheapest(many, 4) is ByToken
+    endless = float("inf")
+    assert not forms_gradients(few, 512, endless)
+    assert forms_gradients(many, 512, endless)
+    assert not forms_gradients(many, 4, endless)
+    assert not forms_gradients(many, 512, 2.0)  # their matrices would be made for two sequences
