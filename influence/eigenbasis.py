@@ -80,13 +80,26 @@ class EigenBasis:
         outputs_first = self.rotates_outputs_first(num_positions)
         ds = io.ds @ self.Q_S if outputs_first else io.ds
         if self.rotates_inputs_first(num_positions):
-            inputs = io.a @ self.Q_A[: io.a.shape[2]]
-            if io.has_bias:
-                inputs += self.Q_A[-1]
-            G = ds.mT @ inputs
+            G = ds.mT @ self._rotated_inputs(io)
         else:
             G = LayerIO(io.a, ds, io.has_bias).gradient() @ self.Q_A
         return G if outputs_first else self.Q_S.mT @ G
+
+    def rotated_squares(self, io: LayerIO) -> Float[Tensor, "{self.d_out} {self.d_in}"]:
+        """Σ_n (Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A)², squared entry by entry.
+
+        A sum of one term has a square that factors: of sequences of a single position no gradient
+        is formed.
+        """
+        if io.a.shape[1] > 1:
+            return self.rotate_gradient(io).square_().sum(dim=0)
+        inputs, outputs = self._rotated_inputs(io), io.ds @ self.Q_S
+        return outputs[:, 0].square_().mT @ inputs[:, 0].square_()
+
+    def _rotated_inputs(self, io: LayerIO) -> Float[Tensor, "n t {self.d_in}"]:
+        """[a; 1]ᵀ Q_A of every position."""
+        inputs = io.a @ self.Q_A[: io.a.shape[2]]
+        return inputs.add_(self.Q_A[-1]) if io.has_bias else inputs
 
     def rotates_inputs_first(self, num_positions: int) -> bool:
         """Whether T products with Q_A, one a token, cost less than d_out, one a row."""

@@ -76,7 +76,7 @@ def _finished(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The scores of the batches held, once all that waits has met the queries."""
     for at, layer in enumerate(layers):
-        waiting = [c[at] for _, c in held if isinstance(c[at], Waiting)]
+        waiting = [one for _, c in held if isinstance(one := c[at], Waiting)]
         if waiting:
             found = contractions.finish(layer.name, waiting)
             parts = iter(found.split([len(each.gradients) for each in waiting], dim=1))

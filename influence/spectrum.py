@@ -18,8 +18,8 @@ class Spectrum:
     """Σ_n ((Q_A ⊗ Q_S)ᵀ Dθ_n)² over sequences; Dθ_n is summed over tokens *before* it is squared.
 
     An orthogonal basis keeps norms. So that this is seen at run time, `norm_sum` and
-    `rotated_norm_sum` are Σ_n ‖Dθ_n‖² before and after rotation, over the first sequence of every
-    batch: over all, the norms before would cost a tenth of the fit.
+    `rotated_norm_sum` are ‖Dθ‖² before and after rotation, of the first sequence of every fit that
+    was added up here: of all of them, the norms before would cost a tenth of the fit.
     """
 
     squared_sum: Float[Tensor, "d_out d_in"]
@@ -68,14 +68,16 @@ def fit_spectra(
         # A sequence that does not run a layer has gradient 0 there, and counts in the mean.
         num_sequences += len(batch.ids)
         for name, io in ios.items():
-            rotated = bases[name].rotate_gradient(io).square_()
-            first = io.select(0).gradient().square().sum(dtype=torch.float64)
-            pair = torch.stack([first, rotated[0].sum(dtype=torch.float64)])
-            new = rotated.sum(dim=0)
+            new = bases[name].rotated_squares(io)
             if not new.isfinite().all():
-                check_finite(rotated.sum(dim=(1, 2)), name, batch)
-            squared[name] = squared[name].add_(new) if name in squared else new.double()
-            norms[name] = norms[name] + pair if name in norms else pair
+                check_finite(bases[name].rotate_gradient(io).sum(dim=(1, 2)), name, batch)
+            if name in squared:
+                squared[name].add_(new)
+                continue
+            squared[name] = new.double()
+            first = io.select(0)
+            pair = [first.gradient().square(), bases[name].rotated_squares(first)]
+            norms[name] = torch.stack([each.sum(dtype=torch.float64) for each in pair])
     if not num_sequences:
         raise ValueError("no batch to fit the spectrum on; give at least one sequence")
     nothing = torch.zeros(2, dtype=torch.float64)

@@ -84,6 +84,16 @@ def test_rotating_a_sequence_gradient_is_the_same_in_every_order(t, i, o, has_bi
         )  # sums of 40 terms
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("t", [1, 2, 6])
+def test_squares_of_rotated_gradients_are_summed_over_sequences_and_not_over_tokens(t, has_bias):
+    """Of a single position the square factors, and no gradient is formed."""
+    io = models.random_io(0, n=5, t=t, i=3, o=4, has_bias=has_bias)
+    frame = basis(3 + has_bias, 4)
+    wanted = torch.stack([frame.rotate(gradient) for gradient in io.gradient()]).square().sum(0)
+    torch.testing.assert_close(frame.rotated_squares(io), wanted)
+
+
 def test_all_four_orders_are_among_the_cases_above():
     shapes = [(1, 5, 6), (4, 9, 3), (4, 3, 9), (40, 3, 4)]
     frames = [(basis(i, o), t) for t, i, o in shapes]
