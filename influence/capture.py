@@ -23,6 +23,11 @@ class LayerIO:
     ds: Float[Tensor, "n t o"]
     has_bias: bool
 
+    def select(self, sequence: int) -> "LayerIO":
+        """The part of one sequence."""
+        rows = slice(sequence, sequence + 1)
+        return LayerIO(self.a[rows], self.ds[rows], self.has_bias)
+
     def gradient(self) -> Float[Tensor, "n o d_in"]:
         """Per-sequence gradients Σ_t ds [a; 1]ᵀ, the bias in the last column."""
         weight = self.ds.mT @ self.a

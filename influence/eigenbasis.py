@@ -75,18 +75,39 @@ class EigenBasis:
         return right @ self.Q_A.mT
 
     def rotate_gradient(self, io: LayerIO) -> Float[Tensor, "n {self.d_out} {self.d_in}"]:
-        """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A, by the cheaper of two orders (the sum comes first or last)."""
-        if self.forms_gradient_first(io.a.shape[1]):
-            return self.rotate(io.gradient())
-        inputs = io.a @ self.Q_A[: io.a.shape[2]]
-        if io.has_bias:
-            inputs = inputs + self.Q_A[-1]
-        return (io.ds @ self.Q_S).mT @ inputs
+        """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A; a side is rotated before the sum or after, as is cheaper."""
+        num_positions = io.a.shape[1]
+        outputs_first = self.rotates_outputs_first(num_positions)
+        ds = io.ds @ self.Q_S if outputs_first else io.ds
+        if self.rotates_inputs_first(num_positions):
+            G = ds.mT @ self._rotated_inputs(io)
+        else:
+            G = LayerIO(io.a, ds, io.has_bias).gradient() @ self.Q_A
+        return G if outputs_first else self.Q_S.mT @ G
 
-    def forms_gradient_first(self, num_positions: int) -> bool:
-        """Whether rotating the summed gradient costs fewer products than rotating each token."""
-        rotate_tokens = num_positions * (self.d_in**2 + self.d_out**2)
-        return self.d_out * self.d_in * (self.d_in + self.d_out) <= rotate_tokens
+    def rotated_squares(self, io: LayerIO) -> Float[Tensor, "{self.d_out} {self.d_in}"]:
+        """Σ_n (Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A)², squared entry by entry.
+
+        A sum of one term has a square that factors: of sequences of a single position no gradient
+        is formed.
+        """
+        if io.a.shape[1] > 1:
+            return self.rotate_gradient(io).square_().sum(dim=0)
+        inputs, outputs = self._rotated_inputs(io), io.ds @ self.Q_S
+        return outputs[:, 0].square_().mT @ inputs[:, 0].square_()
+
+    def _rotated_inputs(self, io: LayerIO) -> Float[Tensor, "n t {self.d_in}"]:
+        """[a; 1]ᵀ Q_A of every position."""
+        inputs = io.a @ self.Q_A[: io.a.shape[2]]
+        return inputs.add_(self.Q_A[-1]) if io.has_bias else inputs
+
+    def rotates_inputs_first(self, num_positions: int) -> bool:
+        """Whether T products with Q_A, one a token, cost less than d_out, one a row."""
+        return num_positions < self.d_out
+
+    def rotates_outputs_first(self, num_positions: int) -> bool:
+        """Whether T products with Q_S, one a token, cost less than d_in, one a column."""
+        return num_positions < self.d_in
 
     @property
     def d_in(self) -> int:

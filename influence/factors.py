@@ -13,6 +13,8 @@ from influence.layers import Layer
 from influence.passes import pseudo_gradients
 from influence.sequences import TokenBatch
 
+BLOCK = 512  # columns; narrower products are slower for each multiplication
+
 
 @dataclass(frozen=True, slots=True)
 class Covariance:
@@ -69,7 +71,7 @@ def fit_factors(
             if layer.name not in ios:
                 continue
             a, ds = _loss_carrying(ios[layer.name], batch)
-            _add(outputs, layer.name, Covariance((ds.mT @ ds).double(), len(ds)))
+            _add(outputs, layer.name, Covariance(second_moment(ds).double(), len(ds)))
             if layer.input_group not in done:
                 done.add(layer.input_group)
                 _add(inputs, layer.input_group, _input_covariance(a, layer.has_bias))
@@ -86,7 +88,7 @@ def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Flo
 
 
 def _input_covariance(a: Float[Tensor, "s i"], has_bias: bool) -> Covariance:
-    product = (a.mT @ a).double()
+    product = second_moment(a).double()
     if has_bias:
         # The homogeneous coordinate by a sum, not by a column of ones beside every activation.
         total = a.sum(dim=0, dtype=torch.float64).unsqueeze(1)
@@ -95,6 +97,19 @@ def _input_covariance(a: Float[Tensor, "s i"], has_bias: bool) -> Covariance:
             [torch.cat([product, total], dim=1), torch.cat([total.mT, corner], dim=1)]
         )
     return Covariance(product, len(a))
+
+
+def second_moment(x: Float[Tensor, "s d"]) -> Float[Tensor, "d d"]:
+    """xᵀx, of which only the blocks on and above the diagonal are multiplied out."""
+    width = x.shape[1]
+    if width < 2 * BLOCK:
+        return x.mT @ x
+    product = x.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        rows = slice(start, start + BLOCK)
+        product[rows, start:] = x[:, rows].mT @ x[:, start:]
+        product[start + BLOCK :, rows] = product[rows, start + BLOCK :].mT
+    return product
 
 
 def _add(into: dict[str, Covariance], name: str, covariance: Covariance) -> None:

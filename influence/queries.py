@@ -1,6 +1,6 @@
 """Queries: ∇f with f = log p(completion | prompt), preconditioned once and truncated."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.damping import Damping
+from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
 from influence.layers import Layer
 from influence.lowrank import LowRank
@@ -73,15 +74,71 @@ def prepare(
     rank: int | None,
 ) -> dict[str, LowRank]:
     """(G + λI)⁻¹∇f of every layer, truncated to `rank` (None: full rank)."""
-    return {name: _prepare_layer(V, solvers[name], damping, rank) for name, V in gradients.items()}
+    return {
+        name: _solved(
+            solvers[name], damping, rank, lambda V=V: V, lambda basis, V=V: basis.rotate(V)
+        )
+        for name, V in gradients.items()
+    }
 
 
-def _prepare_layer(
-    V: Float[Tensor, "q d_out d_in"], solver: LayerSolver, damping: Damping, rank: int | None
+def prepare_queries(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    queries: Sequence[Query],
+    methods: Mapping[str, Mapping[str, LayerSolver]],
+    damping: Damping,
+    rank: int | None,
+    tokens_per_batch: int,
+) -> dict[str, dict[str, LowRank]]:
+    """The same from the queries themselves, by several methods at once.
+
+    For EK-FAC a query's tokens are rotated, not its gradient, and each batch is truncated before
+    the next: dense matrices of all queries are never in memory together. A layer that a query does
+    not run has gradient 0 there.
+
+    Args:
+        model: in evaluation mode.
+        layers: the attributed layers.
+        queries: prompts and completions.
+        methods: each layer's solver, by the method's name.
+        damping: the rule for λ.
+        rank: of what is kept; None for full rank.
+        tokens_per_batch: of one pass.
+    """
+    parameter = next(model.parameters())
+    prepared: dict[str, dict[str, LowRank]] = {method: {} for method in methods}
+    lengths = [len(query.prompt) + len(query.completion) for query in queries]
+    for rows in batches_by_tokens(lengths, tokens_per_batch):
+        batch = query_batch([queries[row] for row in rows]).to(parameter.device)
+        ios = run_pass(model, layers, batch, log_probability)
+        for method, solvers in methods.items():
+            for name, io in ios.items():
+                solved = _solved(
+                    solvers[name], damping, rank, io.gradient,
+                    lambda basis, io=io: basis.rotate_gradient(io),
+                )  # fmt: skip
+                into = prepared[method].setdefault(name, solved.zeros(len(queries)))
+                into.left[rows], into.right[rows] = solved.left, solved.right
+    never = [layer for layer in layers if layer.name not in next(iter(prepared.values()))]
+    for layer in never:
+        V = torch.zeros(len(queries), layer.d_out, layer.d_in).to(parameter)
+        for found in prepared.values():
+            found[layer.name] = LowRank.of(V, rank)
+    return prepared
+
+
+def _solved(
+    solver: LayerSolver,
+    damping: Damping,
+    rank: int | None,
+    gradient: Callable[[], Tensor],
+    rotated: Callable[[EigenBasis], Tensor],
 ) -> LowRank:
+    """One layer's answer; which of the two forms of the gradient is needed, the solver decides."""
     if not isinstance(solver, EKFACBlock):
-        return LowRank.of(solver.solve(V, damping), rank)
+        return LowRank.of(solver.solve(gradient(), damping), rank)
     # The truncated SVD commutes with a rotation: truncate in the eigenbasis and rotate only the
     # factors back.
-    rotated = LowRank.of(solver.solve_rotated(solver.basis.rotate(V), damping), rank)
-    return rotated.mapped(solver.basis.unrotate_outputs, solver.basis.unrotate_inputs)
+    low = LowRank.of(solver.solve_rotated(rotated(solver.basis), damping), rank)
+    return low.mapped(solver.basis.unrotate_outputs, solver.basis.unrotate_inputs)

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.capture import LayerIO
+from influence.contraction import Contractions, Waiting
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
 from influence.passes import check_finite, run_pass
+
+MEMORY = 2**31
 
 
 def influence(raw: Float[Tensor, "*shape"], num_training_sequences: int) -> Float[Tensor, "*shape"]:
@@ -27,43 +28,21 @@ def influence(raw: Float[Tensor, "*shape"], num_training_sequences: int) -> Floa
     return -raw / num_training_sequences
 
 
-def contract(
-    io: LayerIO, query: LowRank, dense: Float[Tensor, "q d_out d_in"] | None = None
-) -> Float[Tensor, "q n"]:
-    """⟨V_q, Σ_t ds [a; 1]ᵀ⟩ for every query and sequence.
-
-    With `dense` the sequence gradients are formed and meet all queries in one product; without
-    it, tokens are contracted with the low-rank factors and no gradient is formed.
-    """
-    if dense is None:
-        return token_contract(io, query).sum(dim=-1)
-    return dense.flatten(1) @ io.gradient().flatten(1).mT
-
-
-def token_contract(io: LayerIO, query: LowRank) -> Float[Tensor, "q n t"]:
-    """ds_tᵀ V_q [a_t; 1] for every query, sequence and position; raw, as in `scores`."""
-    by_output = einsum(io.ds, query.left, "n t o, q o r -> q n t r")
-    right = query.right[..., : io.a.shape[-1]]
-    by_input = einsum(io.a, right, "n t i, q r i -> q n t r")
-    if io.has_bias:
-        by_input = by_input + rearrange(query.right[..., -1], "q r -> q 1 1 r")
-    return (by_output * by_input).sum(dim=-1)
-
-
-def forms_gradients(layer: Layer, query: LowRank, num_positions: int) -> bool:
-    """Whether forming Σ_t ds aᵀ costs fewer products than going token by token."""
-    formed = (num_positions + query.num_queries) * layer.d_in * layer.d_out
-    by_token = num_positions * query.num_queries * query.rank * (layer.d_in + layer.d_out)
-    return formed <= by_token
-
-
 def stream(
     model: nn.Module,
     layers: Sequence[Layer],
     prepared: Mapping[str, LowRank],
     batches: Iterable[Batch],
+    memory: int = MEMORY,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "q n l"]]]:
     """Raw scores of each batch, per layer in the order of `layers`; their sum is the sequence's.
+
+    Args:
+        model: in evaluation mode.
+        layers: the attributed layers.
+        prepared: the queries of each layer.
+        batches: the candidates.
+        memory: bytes for dense matrices of many queries, and for gradients that wait to meet them.
 
     Yields:
         The batch's ids, and ⟨V_q, ∇L(z_n)⟩ of each layer, in the dtype of the pass.
@@ -71,25 +50,44 @@ def stream(
     Raises:
         NonFiniteSequenceError: naming layer and sequence, instead of a score that is not finite.
     """
-    dense: dict[str, Tensor] = {}
+    contractions = Contractions(prepared, memory)
+    held: list[tuple[Batch, list[Tensor | Waiting]]] = []
     for batch in batches:
         ios = run_pass(model, layers, batch, training_loss)
-        columns = []
+        columns: list[Tensor | Waiting] = []
         for layer in layers:
-            query = prepared[layer.name]
-            if layer.name not in ios:  # an idle expert: no gradient, no influence
-                columns.append(query.left.new_zeros(query.num_queries, len(batch.ids)))
-                continue
-            if forms_gradients(layer, query, ios[layer.name].a.shape[1]):
-                if layer.name not in dense:
-                    dense[layer.name] = query.dense()
-                columns.append(contract(ios[layer.name], query, dense[layer.name]))
-            else:
-                columns.append(contract(ios[layer.name], query))
-        raw = torch.stack(columns, dim=-1)
+            if layer.name in ios:
+                columns.append(contractions.begin(layer, ios[layer.name]))
+            else:  # an idle expert: no gradient, no influence
+                left = prepared[layer.name].left
+                columns.append(left.new_zeros(len(left), len(batch.ids)))
+        held.append((batch, columns))
+        waits = any(isinstance(column, Waiting) for column in columns)
+        if not waits or sum(len(each.ids) for each, _ in held) >= contractions.window:
+            yield from _finished(contractions, layers, held)
+            held.clear()
+    yield from _finished(contractions, layers, held)
+
+
+def _finished(
+    contractions: Contractions,
+    layers: Sequence[Layer],
+    held: Sequence[tuple[Batch, list[Tensor | Waiting]]],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The scores of the batches held, once all that waits has met the queries."""
+    for at, layer in enumerate(layers):
+        waiting = [one for _, c in held if isinstance(one := c[at], Waiting)]
+        if waiting:
+            found = contractions.finish(layer.name, waiting)
+            parts = iter(found.split([len(each.gradients) for each in waiting], dim=1))
+            for _, columns in held:
+                if isinstance(columns[at], Waiting):
+                    columns[at] = next(parts)
+    for batch, columns in held:
+        raw = torch.stack([c for c in columns if isinstance(c, Tensor)], dim=-1)
         if not raw.isfinite().all():
-            for layer, column in zip(layers, columns, strict=True):
-                check_finite(column.sum(dim=0), layer.name, batch)
+            for at, layer in enumerate(layers):
+                check_finite(raw[..., at].sum(dim=0), layer.name, batch)
         yield batch.ids, raw
 
 

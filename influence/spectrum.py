@@ -17,12 +17,14 @@ from influence.passes import check_finite, pseudo_gradients
 class Spectrum:
     """Σ_n ((Q_A ⊗ Q_S)ᵀ Dθ_n)² over sequences; Dθ_n is summed over tokens *before* it is squared.
 
-    `norm_sum` is Σ_n ‖Dθ_n‖² of the gradients before rotation. An orthogonal basis keeps it, so
-    Σ Λ = mean ‖Dθ‖² is a check on the whole fit at run time.
+    An orthogonal basis keeps norms. So that this is seen at run time, `norm_sum` and
+    `rotated_norm_sum` are ‖Dθ‖² before and after rotation, of the first sequence of every fit that
+    was added up here: of all of them, the norms before would cost a tenth of the fit.
     """
 
     squared_sum: Float[Tensor, "d_out d_in"]
     norm_sum: Float[Tensor, ""]
+    rotated_norm_sum: Float[Tensor, ""]
     num_sequences: int
 
     @property
@@ -31,14 +33,15 @@ class Spectrum:
         return self.squared_sum / self.num_sequences
 
     @property
-    def mean_squared_norm(self) -> Float[Tensor, ""]:
-        """mean ‖Dθ‖², from the gradients before rotation."""
-        return self.norm_sum / self.num_sequences
+    def trace_ratio(self) -> float:
+        """‖Dθ‖² after rotation over that before: 1, whatever the gradients are."""
+        return float(self.rotated_norm_sum / self.norm_sum)
 
     def __add__(self, other: "Spectrum") -> "Spectrum":
         return Spectrum(
             self.squared_sum + other.squared_sum,
             self.norm_sum + other.norm_sum,
+            self.rotated_norm_sum + other.rotated_norm_sum,
             self.num_sequences + other.num_sequences,
         )
 
@@ -52,30 +55,40 @@ def fit_spectra(
 ) -> dict[str, Spectrum]:
     """Λ of every layer from pseudo-gradients, each sequence counting once.
 
-    Sums are kept in float64; `bases` are in the pass's dtype.
+    Sums over batches are kept in float64; `bases` are in the pass's dtype.
 
     Raises:
         NonFiniteSequenceError: naming layer and sequence, if a gradient is not finite.
     """
     squared: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}  # before and after rotation
     num_sequences = 0
     for batch in batches:
         ios = pseudo_gradients(model, layers, batch, seed)
         # A sequence that does not run a layer has gradient 0 there, and counts in the mean.
         num_sequences += len(batch.ids)
         for name, io in ios.items():
-            new = io.gradient().square().sum(dim=(1, 2), dtype=torch.float64)
-            check_finite(new, name, batch)
-            rotated = bases[name].rotate_gradient(io).square().sum(dim=0, dtype=torch.float64)
-            squared[name] = squared[name].add_(rotated) if name in squared else rotated
-            norms[name] = norms[name] + new.sum() if name in norms else new.sum()
+            new = bases[name].rotated_squares(io)
+            if not new.isfinite().all():
+                check_finite(bases[name].rotate_gradient(io).sum(dim=(1, 2)), name, batch)
+            if name in squared:
+                squared[name].add_(new)
+                continue
+            squared[name] = new.double()
+            first = io.select(0)
+            pair = [first.gradient().square(), bases[name].rotated_squares(first)]
+            norms[name] = torch.stack([each.sum(dtype=torch.float64) for each in pair])
     if not num_sequences:
         raise ValueError("no batch to fit the spectrum on; give at least one sequence")
+    nothing = torch.zeros(2, dtype=torch.float64)
+    before, after = (
+        {layer.name: norms.get(layer.name, nothing)[at] for layer in layers} for at in (0, 1)
+    )
     return {
         layer.name: Spectrum(
             squared.get(layer.name, torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64)),
-            norms.get(layer.name, torch.zeros((), dtype=torch.float64)),
+            before[layer.name],
+            after[layer.name],
             num_sequences,
         )
         for layer in layers

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.capture import LayerIO
+from influence.contraction import ByToken, Formed
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
 from influence.passes import run_pass
-from influence.scores import contract, influence, token_contract
+from influence.scores import influence
 from influence.sequences import TokenBatch
 
 
@@ -55,7 +55,7 @@ def token_grids(
     for layer in layers:
         query = prepared[layer.name]
         if layer.name in ios:
-            grids.append(token_contract(ios[layer.name], query))
+            grids.append(ByToken.of(query, layer.has_bias).tokens(ios[layer.name]))
         else:  # an idle expert
             grids.append(query.left.new_zeros(query.num_queries, *batch.tokens.shape))
     return influence(torch.stack(grids, dim=2), num_training_sequences)
@@ -81,13 +81,13 @@ def rescore(
     for layer in layers:
         query, io = prepared[layer.name], ios.get(layer.name)
         if io is not None:
-            raw = raw + contract(io, query, query.dense())
+            raw = raw + Formed(query.dense())(io)
         for q, n in pairs:
             if io is None:  # an idle expert
                 cells = query.left.new_zeros(batch.tokens.shape[1])
             else:
-                row = LayerIO(io.a[n : n + 1], io.ds[n : n + 1], io.has_bias)
-                cells = token_contract(row, query.select([q]))[0, 0]
+                one = ByToken.of(query.select([q]), layer.has_bias)
+                cells = one.tokens(io.select(n))[0, 0]
             grids[q, n].append(cells)
     return Rescored(
         influence(raw, num_training_sequences),

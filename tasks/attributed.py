@@ -14,6 +14,7 @@ from influence.sequences import TokenBatch, batches_by_tokens
 from tasks import store
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.models import model_for_thread
+from tasks.params import RunParams
 from tasks.sequences import TokenStore
 from tasks.workspace import StageContext
 
@@ -108,6 +109,12 @@ class PassReference:
                 f"first in sequence {name!r}; check the weights of {self.model.path}, or run the "
                 "pass in float32 (runtime.dtype)"
             ) from error
+
+
+def dtype_at_rest(params: RunParams) -> torch.dtype:
+    """Of factors, eigenvectors and spectra on disk: sums are taken in float64, and what a float32
+    pass reads is kept in float32."""
+    return torch.promote_types(DTYPES[params.runtime.dtype], torch.float32)
 
 
 def resolve_device(name: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from influence.spectrum import fit_spectra
-from tasks.attributed import PassReference
+from tasks.attributed import PassReference, dtype_at_rest
 from tasks.eigens import read_bases
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
     shards = shards_of(tokens.shard_rows(rows, context.params.runtime.shards))
     parts = map_shards(context, correct_shard, shards)
     spectra = add_spectra(map(read_spectra, parts))
-    write_spectra(context.out / "spectrum.safetensors", spectra)
+    write_spectra(context.out / "spectrum.safetensors", spectra, dtype_at_rest(context.params))
 
 
 def correct_shard(context: StageContext, shard: ShardRef, path: Path) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from influence.eigenbasis import eigendecompose
 from tasks import store
+from tasks.attributed import dtype_at_rest
 from tasks.eigens import write_eigens
-from tasks.kronecker import covariance_names, read_covariance
+from tasks.kronecker import covariance_names, covariance_size, read_covariance
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.workspace import StageContext
 
@@ -24,15 +25,14 @@ def decompose_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     factors = context.artifact("factors") / "factors.safetensors"
     names = covariance_names(factors)
     chosen = (names[item] for item in shard.counted())
-    write_eigens(
-        path, {name: eigendecompose(read_covariance(factors, name).value, name) for name in chosen}
-    )
+    eigens = {name: eigendecompose(read_covariance(factors, name).value, name) for name in chosen}
+    write_eigens(path, eigens, dtype_at_rest(context.params))
 
 
 def spread(factors: Path, num_shards: int) -> list[list[int]]:
     """Groups of factors of about equal cost, which grows with the cube of a factor's size."""
     names = covariance_names(factors)
-    cost = [store.tensor_shape(factors, f"{name}/sum")[0] ** 3 for name in names]
+    cost = [covariance_size(factors, name) ** 3 for name in names]
     groups: list[list[int]] = [[] for _ in range(min(num_shards, len(names)))]
     load = [0] * len(groups)
     for item in sorted(range(len(names)), key=lambda item: (-cost[item], item)):

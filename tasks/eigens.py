@@ -11,12 +11,12 @@ from influence.layers import Layer
 from tasks import store
 
 
-def write_eigens(path: Path, eigens: Mapping[str, Eigen]) -> None:
-    """Eigenvalues and eigenvectors (columns) by factor name."""
+def write_eigens(path: Path, eigens: Mapping[str, Eigen], dtype: torch.dtype) -> None:
+    """Eigenvalues in float64 and eigenvectors (columns) in `dtype`, by factor name."""
     tensors: dict[str, Tensor] = {}
     for name, eigen in eigens.items():
         tensors[f"{name}/values"] = eigen.values
-        tensors[f"{name}/vectors"] = eigen.vectors
+        tensors[f"{name}/vectors"] = eigen.vectors.to(dtype)
     store.write_tensors(path, tensors)
 
 

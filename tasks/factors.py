@@ -7,7 +7,7 @@ from pathlib import Path
 from influence.factors import fit_factors
 from influence.layers import Coverage, Layer
 from tasks import store
-from tasks.attributed import PassReference
+from tasks.attributed import PassReference, dtype_at_rest
 from tasks.kronecker import read_factors, write_factors
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
@@ -25,7 +25,7 @@ def run(context: StageContext) -> None:
     parts = map_shards(context, fit_shard, shards)
     # In the order of the shards and in float64, so that the sum does not depend on the workers.
     factors = reduce(add, map(read_factors, parts))
-    write_factors(context.out / "factors.safetensors", factors)
+    write_factors(context.out / "factors.safetensors", factors, dtype_at_rest(context.params))
     store.write_json(
         context.out / "layers.json",
         {

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.queries import Query, prepare, query_gradients
+from influence.queries import Query, prepare_queries
 from influence.scores import influence, stream
 from influence.statistics import Agreement
 from influence.validation.estimators import fit_curvature
@@ -77,12 +77,15 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
         Query(query["name"], tuple(query["prompt_tokens"]), tuple(query["completion_tokens"]))
         for query in store.read_json(context.artifact("query") / "queries.json")
     ]
-    gradients = query_gradients(
-        attributed.model, attributed.layers, queries, reference.tokens_per_batch
-    )
-    prepared = prepare(
-        gradients, fitted.ekfac, damping_of(context.params), context.params.query.rank
-    )
+    prepared = prepare_queries(
+        attributed.model,
+        attributed.layers,
+        queries,
+        {"ekfac": fitted.ekfac},
+        damping_of(context.params),
+        context.params.query.rank,
+        reference.tokens_per_batch,
+    )["ekfac"]
     candidates = store.read_table(context.artifact("filter") / "candidates.parquet", ["row"])
     sample = choose_rows(candidates["row"].to_pylist(), settings.sample, settings.seed)
     batches = reference.batches(sample)

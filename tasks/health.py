@@ -34,7 +34,7 @@ def layer_health(factors: Path, eigen: Path, correct: Path) -> dict[str, dict[st
     }
     for name, spectrum in spectra.items():
         values = spectrum.values.double().flatten()
-        trace_ratio = float(values.sum() / spectrum.mean_squared_norm)
+        trace_ratio = spectrum.trace_ratio
         if not abs(trace_ratio - 1) <= TRACE_TOLERANCE:
             raise ValueError(
                 f"layer {name!r}: Σ Λ is {trace_ratio:.6g} times the mean squared norm of the "

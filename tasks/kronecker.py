@@ -1,20 +1,22 @@
 """Kronecker factors on disk: one sum a factor, read one at a time."""
 
+import math
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from influence.factors import Covariance, Factors
 from tasks import store
 
 
-def write_factors(path: Path, factors: Factors) -> None:
-    """Sums and counts of A (by input group) and S (by layer)."""
+def write_factors(path: Path, factors: Factors, dtype: torch.dtype = torch.float64) -> None:
+    """Sums and counts of A (by input group) and S (by layer); of a symmetric matrix, one half."""
     tensors: dict[str, Tensor] = {}
     for side, covariances in (("A", factors.inputs), ("S", factors.outputs)):
         for name, covariance in covariances.items():
-            tensors[f"{side}/{name}/sum"] = covariance.sum
+            tensors[f"{side}/{name}/upper"] = packed(covariance.sum.to(dtype))
             tensors[f"{side}/{name}/num_tokens"] = torch.tensor(covariance.num_tokens)
     store.write_tensors(path, tensors)
 
@@ -36,10 +38,34 @@ def read_factors(path: Path) -> Factors:
 def read_covariance(path: Path, name: str) -> Covariance:
     """One factor, by its name `A/<group>` or `S/<layer>`."""
     num_tokens = int(store.read_tensor(path, f"{name}/num_tokens"))
-    return Covariance(store.read_tensor(path, f"{name}/sum"), num_tokens)
+    return Covariance(unpacked(store.read_tensor(path, f"{name}/upper")), num_tokens)
 
 
 def covariance_names(path: Path) -> list[str]:
     """`A/<group>` and `S/<layer>` of every factor in a file, sorted."""
-    ends = "/sum"
+    ends = "/upper"
     return [name.removesuffix(ends) for name in store.tensor_names(path) if name.endswith(ends)]
+
+
+def covariance_size(path: Path, name: str) -> int:
+    """How many rows a factor has, without reading it."""
+    return _size(store.tensor_shape(path, f"{name}/upper")[0])
+
+
+def packed(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " half"]:
+    """The diagonal of a symmetric matrix and what is above it, row after row."""
+    return torch.cat([row[start:] for start, row in enumerate(matrix)])
+
+
+def unpacked(upper: Float[Tensor, " half"]) -> Float[Tensor, "d d"]:
+    """The inverse of `packed`."""
+    size = _size(len(upper))
+    matrix = upper.new_zeros(size, size)
+    for start, row in enumerate(upper.split(list(range(size, 0, -1)))):
+        matrix[start, start:] = row
+    return matrix + matrix.triu(1).mT
+
+
+def _size(num_packed: int) -> int:
+    """d of d (d + 1) / 2."""
+    return (math.isqrt(8 * num_packed + 1) - 1) // 2

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import influence.queries
 from influence.damping import Damping
 from influence.ekfac import EKFACBlock
 from influence.layers import Layer
 from influence.lowrank import LowRank
-from influence.queries import Query, prepare, query_gradients
+from influence.queries import Query
 from influence.solver import GradientDot, LayerSolver
 from tasks import store
 from tasks.attributed import PassReference
@@ -37,15 +38,10 @@ def prepare_queries(
 ) -> dict[str, dict[str, LowRank]]:
     """Gradients of all queries, solved by each method and truncated to `rank`."""
     attributed = reference.attributed()
-    damping = damping_of(context.params)
-    gradients = query_gradients(
-        attributed.model, attributed.layers, queries, reference.tokens_per_batch
-    )
-    prepared: dict[str, dict[str, LowRank]] = {}
+    solvers: dict[str, Mapping[str, LayerSolver]] = {}
     for method in methods:
-        solvers: Mapping[str, LayerSolver]
         if method == EKFAC:
-            solvers = read_solvers(
+            solvers[method] = read_solvers(
                 context.artifact("eigen"),
                 context.artifact("correct"),
                 attributed.layers,
@@ -53,9 +49,16 @@ def prepare_queries(
                 reference.device,
             )
         else:
-            solvers = {layer.name: GradientDot() for layer in attributed.layers}
-        prepared[method] = prepare(gradients, solvers, damping, rank)
-    return prepared
+            solvers[method] = {layer.name: GradientDot() for layer in attributed.layers}
+    return influence.queries.prepare_queries(
+        attributed.model,
+        attributed.layers,
+        queries,
+        solvers,
+        damping_of(context.params),
+        rank,
+        reference.tokens_per_batch,
+    )
 
 
 def write_prepared(path: Path, prepared: Mapping[str, Mapping[str, LowRank]]) -> None:

@@ -10,12 +10,15 @@ from influence.spectrum import Spectrum
 from tasks import store
 
 
-def write_spectra(path: Path, spectra: Mapping[str, Spectrum]) -> None:
+def write_spectra(
+    path: Path, spectra: Mapping[str, Spectrum], dtype: torch.dtype = torch.float64
+) -> None:
     """Sums and counts of Λ by layer."""
     tensors: dict[str, Tensor] = {}
     for name, spectrum in spectra.items():
-        tensors[f"{name}/squared_sum"] = spectrum.squared_sum
+        tensors[f"{name}/squared_sum"] = spectrum.squared_sum.to(dtype)
         tensors[f"{name}/norm_sum"] = spectrum.norm_sum
+        tensors[f"{name}/rotated_norm_sum"] = spectrum.rotated_norm_sum
         tensors[f"{name}/num_sequences"] = torch.tensor(spectrum.num_sequences)
     store.write_tensors(path, tensors)
 
@@ -27,6 +30,7 @@ def read_spectra(path: Path) -> dict[str, Spectrum]:
         name: Spectrum(
             tensors[f"{name}/squared_sum"],
             tensors[f"{name}/norm_sum"],
+            tensors[f"{name}/rotated_norm_sum"],
             int(tensors[f"{name}/num_sequences"]),
         )
         for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in tensors)

@@ -6,12 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from influence.contraction import Formed
 from influence.examples import Batch
 from influence.layers import Layer
-from influence.lowrank import LowRank
 from influence.objectives import log_probability, training_loss
 from influence.passes import run_pass
-from influence.scores import contract
 
 EXAMPLES = 128  # gradients formed at once
 
@@ -52,10 +51,10 @@ def inner_products(
 ) -> Float[Tensor, "q n"]:
     """⟨V_q, ∇L(z_n)⟩ over all layers; raw, as `influence.scores.influence` takes it."""
     columns = []
-    low_rank = {name: LowRank.of(V, None) for name, V in prepared.items()}
+    formed = {name: Formed(V) for name, V in prepared.items()}
     for places in torch.arange(len(examples.ids)).split(EXAMPLES):
         ios = run_pass(model, layers, examples.select(places), training_loss)
-        columns.append(sum(contract(ios[n], low_rank[n], prepared[n]) for n in ios))
+        columns.append(sum(formed[name](io) for name, io in ios.items()))
     return torch.cat(columns, dim=1)
 
 

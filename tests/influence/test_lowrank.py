@@ -73,3 +73,30 @@ def test_a_rank_below_one_is_refused(rank):
 def test_a_dtype_is_changed_on_both_sides():
     low = LowRank.of(matrices(1, 2, 3), None).to(torch.float32, "cpu")
     assert low.left.dtype == low.right.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 257), (1, 250, 400)])
+def test_large_matrices_are_truncated_as_well_as_by_the_whole_decomposition(shape):
+    """Singular values that fall slowly, as k^-0.7 of a preconditioned gradient do."""
+    q, o, i = shape
+    n = min(o, i)
+    U = torch.stack([models.orthogonal(k, o) for k in range(q)])[:, :, :n]
+    W = torch.stack([models.orthogonal(9 + k, i) for k in range(q)])[:, :, :n]
+    s = torch.arange(1, n + 1).double() ** -0.7
+    V = (U * s) @ W.mT
+    rank = 32
+    low = LowRank.of(V, rank)
+    assert low.rank == rank
+    best = s[rank:].square().sum()
+    left_out = (low.dense() - V).square().sum((1, 2))
+    assert (left_out >= best * (1 - 1e-9)).all()
+    assert (left_out < best * 1.002).all()
+    assert torch.equal(LowRank.of(V, rank).left, low.left)  # nothing is drawn anew
+
+
+def test_large_matrices_are_truncated_without_decomposing_them_whole(monkeypatch):
+    seen = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda V, **k: seen.append(V.shape) or svd(V, **k))
+    LowRank.of(matrices(1, 300, 260), 8)
+    assert max(min(shape[-2:]) for shape in seen) < 100

@@ -7,7 +7,7 @@ from influence.damping import AbsoluteDamping, RelativeDamping
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
 from influence.lowrank import LowRank
-from influence.queries import Query, prepare, query_batch, query_gradients
+from influence.queries import Query, prepare, prepare_queries, query_batch, query_gradients
 from influence.solver import GradientDot
 from tests import oracles
 from tests.influence import models
@@ -123,3 +123,29 @@ def test_the_gradient_dot_product_prepares_the_gradient_itself():
     prepared = prepare(gradients, solvers, RelativeDamping(0.1), 1)
     for name, V in gradients.items():
         torch.testing.assert_close(prepared[name].dense(), LowRank.of(V, 1).dense())
+
+
+@pytest.mark.parametrize("rank", [1, 2, None])
+@pytest.mark.parametrize("tokens_per_batch", [1, 8, 1000])
+@pytest.mark.parametrize("case", models.CASES)
+def test_preparing_from_queries_is_preparing_their_gradients(case, tokens_per_batch, rank):
+    """Tokens are rotated instead of gradients, batch by batch and for all methods at once."""
+    model = models.CASES[case]()
+    model.unused = torch.nn.Linear(2, 3).double()
+    layers = models.attributed(model)
+    blocks = {}
+    for number, layer in enumerate(layers):
+        basis = EigenBasis(
+            models.orthogonal(number, layer.d_in), models.orthogonal(number + 50, layer.d_out)
+        )
+        blocks[layer.name] = EKFACBlock(basis, torch.rand(layer.d_out, layer.d_in).double())
+    methods = {"ekfac": blocks, "dot": {layer.name: GradientDot() for layer in layers}}
+    gradients, damping = query_gradients(model, layers, QUERIES, 1000), RelativeDamping(0.1)
+    got = prepare_queries(model, layers, QUERIES, methods, damping, rank, tokens_per_batch)
+    assert list(got) == ["ekfac", "dot"]
+    for method, solvers in methods.items():
+        wanted = prepare(gradients, solvers, damping, rank)
+        assert set(got[method]) == set(wanted)
+        for name, query in wanted.items():
+            assert got[method][name].rank == query.rank
+            torch.testing.assert_close(got[method][name].dense(), query.dense())

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from influence import contraction
+from influence.contraction import forms_gradients
 from influence.lowrank import LowRank
-from influence.scores import TopK, contract, forms_gradients, influence, stream
+from influence.scores import TopK, influence, stream
 from tests import oracles
 from tests.influence import models
 
@@ -35,21 +37,6 @@ def test_influence_is_minus_the_raw_contraction_over_n():
 def test_a_training_set_without_sequences_is_refused(n):
     with pytest.raises(ValueError, match=str(n)):
         influence(torch.ones(2), n)
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("rank", [1, 2, None])
-@pytest.mark.parametrize("forms_gradient", [True, False])
-def test_a_contraction_is_the_inner_product_with_the_sequence_gradient(
-    has_bias, rank, forms_gradient
-):
-    io = models.random_io(0, has_bias=has_bias)
-    query = matrices(4, 2, 3 + has_bias, rank)
-    got = contract(io, query, query.dense()) if forms_gradient else contract(io, query)
-    assert got.shape == (4, 3)
-    for q, n in itertools.product(range(4), range(3)):
-        wanted = (query.left[q] @ query.right[q] * io.gradient()[n]).sum()
-        torch.testing.assert_close(got[q, n], wanted)
 
 
 @pytest.mark.parametrize("rank", [1, None])
@@ -120,12 +107,56 @@ def test_both_ways_of_contracting_occur_in_the_streams_above():
     model = models.gpt2()
     layers = models.attributed(model)
     chosen = {
-        forms_gradients(layer, some_queries(layers, rank)[layer.name], num_positions)
+        forms_gradients(some_queries(layers, rank)[layer.name], num_positions, float("inf"))
         for layer in layers
         for rank in (1, None)
         for num_positions in (2, 6)
     }
     assert chosen == {True, False}
+
+
+@pytest.mark.parametrize("memory", [1, 2000, 5000, 2**31])
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_gradients_that_wait_for_the_queries_score_the_same(case, memory, monkeypatch):
+    """With little memory they wait for each other, and meet some of the queries at a time."""
+    model, sequences = models.CASES[case](), models.corpus(lengths=(6, 3, 5, 2, 4, 4, 5))
+    model.unused = torch.nn.Linear(2, 3).double()
+    layers = models.attributed(model)
+    prepared = {
+        layer.name: matrices(12, layer.d_out, layer.d_in, 2, seed)
+        for seed, layer in enumerate(layers)
+    }
+    batches = [models.batch(sequences[n : n + 2], range(n, n + 2)) for n in (0, 2, 4)]
+    batches.append(models.batch(sequences[6:], [6]))
+    wanted = [raw for _, raw in stream(model, layers, prepared, batches)]
+    # On shapes as small as these, tokens would be the cheaper way.
+    monkeypatch.setattr(contraction, "forms_gradients", lambda query, *_: query.left.shape[1] > 2)
+    got = list(stream(model, layers, prepared, batches, memory))
+    assert [ids.tolist() for ids, _ in got] == [[0, 1], [2, 3], [4, 5], [6]]
+    for (_, raw), expected in zip(got, wanted, strict=True):
+        torch.testing.assert_close(raw, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_what_waits_stays_within_the_budget(monkeypatch):
+    model, sequences = models.gpt2(), models.corpus(lengths=(4,) * 9)
+    layers = models.attributed(model)
+    prepared = {
+        layer.name: matrices(50, layer.d_out, layer.d_in, 1, seed)
+        for seed, layer in enumerate(layers)
+    }
+    one = sum(8 * layer.d_out * layer.d_in for layer in layers)
+    monkeypatch.setattr(contraction, "forms_gradients", lambda *_: True)
+    waited = []
+    finish = contraction.Contractions.finish
+
+    def watched(self, name, waiting):
+        waited.append(sum(len(each.gradients) for each in waiting))
+        return finish(self, name, waiting)
+
+    monkeypatch.setattr(contraction.Contractions, "finish", watched)
+    batches = [models.batch([z], [n]) for n, z in enumerate(sequences)]
+    assert len(list(stream(model, layers, prepared, batches, memory=4 * one))) == 9
+    assert set(waited) == {4, 1}  # twice four, and the last
 
 
 @given(st.data())

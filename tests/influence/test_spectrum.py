@@ -48,9 +48,11 @@ def test_the_spectrum_is_the_oracles_for_the_labels_drawn(case):
 
 @pytest.mark.parametrize("case", models.CASES)
 def test_the_eigenvalues_sum_to_the_mean_squared_norm_of_the_gradients(case):
+    """The norms are kept of the first sequence, before rotation and after."""
     model, sequences = models.CASES[case](), models.corpus()
     layers = models.attributed(model)
-    spectra = fit_spectra(model, layers, any_bases(layers), [models.batch(sequences)], SEED)
+    batches = [models.batch(sequences[:3]), models.batch(sequences[3:], [103])]
+    spectra = fit_spectra(model, layers, any_bases(layers), batches, SEED)
     labels = models.drawn_labels(model, sequences, SEED)
     for layer in layers:
         norms = [
@@ -58,8 +60,21 @@ def test_the_eigenvalues_sum_to_the_mean_squared_norm_of_the_gradients(case):
             for z, drawn in zip(sequences, labels, strict=True)
         ]
         got = spectra[layer.name]
-        torch.testing.assert_close(got.mean_squared_norm, torch.stack(norms).mean())
-        torch.testing.assert_close(got.values.sum(), got.mean_squared_norm)
+        torch.testing.assert_close(got.norm_sum, norms[0])
+        torch.testing.assert_close(got.rotated_norm_sum, norms[0])
+        torch.testing.assert_close(got.values.sum(), torch.stack(norms).mean())
+
+
+def test_a_basis_that_is_not_orthogonal_shows_in_the_trace_ratio():
+    model = models.mlp()
+    layers = models.attributed(model)
+    bases = any_bases(layers)
+    skewed = {k: EigenBasis(1.1 * b.Q_A, b.Q_S) for k, b in bases.items()}
+    batches = [models.batch(models.corpus())]
+    right, wrong = (fit_spectra(model, layers, b, batches, SEED) for b in (bases, skewed))
+    for layer in layers:
+        assert right[layer.name].trace_ratio == pytest.approx(1, abs=1e-12)
+        assert wrong[layer.name].trace_ratio == pytest.approx(1.21)
 
 
 @pytest.mark.parametrize("case", ["mlp", "llama"])
@@ -158,10 +173,10 @@ def test_shards_add_up_to_the_whole_and_in_a_fixed_order_to_the_last_bit():
         same = functools.reduce(Spectrum.__add__, [again[k][layer.name] for k in sorted(again)])
         assert torch.equal(merged.squared_sum, same.squared_sum)
         assert torch.equal(merged.norm_sum, same.norm_sum)
+        assert torch.equal(merged.rotated_norm_sum, same.rotated_norm_sum)
         wanted = whole[layer.name]
         assert merged.num_sequences == wanted.num_sequences == 6
         torch.testing.assert_close(merged.squared_sum, wanted.squared_sum, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(merged.norm_sum, wanted.norm_sum)
 
 
 class SometimesIdle(models.MLPLanguageModel):
@@ -199,14 +214,12 @@ def test_a_layer_that_some_batches_do_not_run_counts_their_sequences_all_the_sam
 
 
 def test_spectra_add_sums_and_counts():
-    ones = torch.ones(2, 3, dtype=torch.float64)
-    one = Spectrum(squared_sum=ones, norm_sum=torch.tensor(6.0).double(), num_sequences=1)
-    total = one + Spectrum(
-        squared_sum=5 * ones, norm_sum=torch.tensor(30.0).double(), num_sequences=3
-    )
+    ones, six = torch.ones(2, 3, dtype=torch.float64), torch.tensor(6.0).double()
+    one = Spectrum(ones, norm_sum=six, rotated_norm_sum=2 * six, num_sequences=1)
+    total = one + Spectrum(5 * ones, norm_sum=5 * six, rotated_norm_sum=4 * six, num_sequences=3)
     assert total.num_sequences == 4
     torch.testing.assert_close(total.values, 1.5 * ones)
-    assert total.mean_squared_norm == 9
+    assert total.trace_ratio == 1
 
 
 def test_fresh_labels_come_with_another_seed():

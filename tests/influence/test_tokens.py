@@ -3,27 +3,13 @@
 import pytest
 import torch
 
-from influence.scores import influence, stream, token_contract
+from influence.scores import influence, stream
 from influence.tokens import TokenGrid, rescore, sparsity, token_grids
 from tests import oracles
 from tests.influence import models
-from tests.influence.test_scores import matrices, some_queries
+from tests.influence.test_scores import some_queries
 
 N = 50
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_a_token_contraction_is_the_bilinear_form_of_its_position(has_bias):
-    io = models.random_io(0, has_bias=has_bias)
-    query = matrices(2, 2, 3 + has_bias, 2)
-    got = token_contract(io, query)
-    assert got.shape == (2, 3, 4)
-    for q, V in enumerate(query.dense()):
-        for n in range(3):
-            for t in range(4):
-                one = torch.ones(1, dtype=torch.float64)
-                a = torch.cat([io.a[n, t], one]) if has_bias else io.a[n, t]
-                torch.testing.assert_close(got[q, n, t], io.ds[n, t] @ V @ a)
 
 
 @pytest.mark.parametrize("rank", [1, None])

@@ -1,0 +1,120 @@
+"""Command: what each phase costs, a JSON line each.
+
+One line holds the phase, the median ratio to a forward and backward of training (fb, a token), its
+smallest and largest, and with `--memory` the peak above the model and what the phase is given.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import clock, table
+from benchmarks.phases import PHASES, Setting, disk_mib, ours, unit
+
+PEER = "peer: "
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, measure, print."""
+    given = _parser().parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    setting = Setting(
+        given.model, given.length, given.sequences, tuple(given.layers), given.queries
+    )
+    if given.memory_of:
+        print(json.dumps(_peak(setting, given.memory_of)))
+        return
+    about = {
+        "model": given.model, "length": given.length, "layers": given.layers,
+        "machine": table.machine(), "threads": given.threads, "repeats": given.repeats,
+    }  # fmt: skip
+    lines = []
+    for line in measured(setting, given):
+        lines.append(about | line)
+        print(json.dumps(lines[-1], ensure_ascii=False), flush=True)
+    if given.keep:
+        table.keep(table.ROOT, lines)
+        table.write(table.ROOT)
+
+
+def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each phase; with a peer, how far it agrees and what both would write."""
+    names = given.phase or PHASES
+    peer = _kronfluence(setting) if given.peer else None
+    works = ours(setting, names)
+    if peer is not None:
+        works |= {f"{PEER}{name}": work for name, work in peer.works(names).items()}
+    found = clock.ratios(unit(setting), works, given.repeats)
+    for name in names:
+        line: dict[str, Any] = {"phase": name, **_told(found[name], "fb")}
+        if theirs := found.get(PEER + name):
+            pairs = zip(found[name].repeats, theirs.repeats, strict=True)
+            line |= _told(theirs, "peer_fb")
+            line |= _told(clock.Ratio(tuple(mine / other for mine, other in pairs)), "over_peer")
+        if given.memory:
+            line["peak_mib"] = _memory(given, name)
+            if PEER + name in found:
+                line["peer_peak_mib"] = _memory(given, PEER + name)
+        yield line
+    if peer is not None:
+        yield {"agreement": peer.agreement(setting)}
+        yield {"disk_mib": disk_mib(setting), "peer_disk_mib": peer.disk_mib()}
+
+
+def _kronfluence(setting: Setting) -> Any:
+    from benchmarks.kronfluence_peer import Kronfluence  # an extra that need not be there
+
+    return Kronfluence(setting)
+
+
+def _told(ratio: clock.Ratio, name: str) -> dict[str, float]:
+    low, high = ratio.spread
+    return {name: ratio.median, f"{name}_low": low, f"{name}_high": high}
+
+
+def _peak(setting: Setting, name: str) -> dict[str, float | None]:
+    """Of this process, above what it is given: the model, factors, prepared queries."""
+    unit(setting).call()  # what is made once at first use is there before the clock starts
+    if name.startswith(PEER):
+        [work] = _kronfluence(setting).works([name.removeprefix(PEER)]).values()
+    else:
+        [work] = ours(setting, [name]).values()
+    return {"peak_mib": clock.peak_mib(work.call)}
+
+
+def _memory(given: argparse.Namespace, name: str) -> float | None:
+    """The peak of one phase, in a process of its own."""
+    command = [
+        sys.executable, "-m", "benchmarks.engine", "--memory-of", name, "--model", given.model,
+        "--length", str(given.length), "--sequences", str(given.sequences),
+        "--threads", str(given.threads), "--queries", str(given.queries),
+        "--layers", *given.layers,
+    ]  # fmt: skip
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(told.splitlines()[-1])["peak_mib"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--model", default="M", help="S, M or L (benchmarks/models.py)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--queries", type=int, default=8)
+    parser.add_argument("--layers", nargs="+", default=["mlp"], help="roles or globs")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--phase", action="append", choices=PHASES, help="only these; repeat it")
+    parser.add_argument("--peer", choices=["kronfluence"], help="the same work by a peer")
+    parser.add_argument("--keep", action="store_true", help="write docs/engine and docs/results.md")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, a process each")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

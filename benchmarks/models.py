@@ -1,0 +1,83 @@
+"""The fixed models of the benchmarks, from configurations and random; and their tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from influence.sequences import TokenBatch
+
+SEED = 0
+VOCABULARY = 8192
+CONTEXT = 2048
+NAMES = ("S", "M", "L")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Blocks, width, heads, and the width of an MLP."""
+
+    blocks: int
+    width: int
+    heads: int
+    hidden: int
+
+
+SHAPES: Mapping[str, Shape] = {
+    "S": Shape(4, 256, 4, 1024),
+    "M": Shape(8, 512, 8, 2048),
+    "L": Shape(8, 512, 8, 1536),  # a Llama of M's size: its MLP has three matrices, not two
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    """`S` and `M` are GPT-2s, `L` is a Llama whose queries share keys in pairs; all in float32.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"model {name!r} is none of {', '.join(NAMES)}")
+    shape = SHAPES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        if name == "L":
+            model: PreTrainedModel = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=VOCABULARY,
+                    max_position_embeddings=CONTEXT,
+                    hidden_size=shape.width,
+                    intermediate_size=shape.hidden,
+                    num_hidden_layers=shape.blocks,
+                    num_attention_heads=shape.heads,
+                    num_key_value_heads=shape.heads // 2,
+                    tie_word_embeddings=True,
+                )
+            )
+        else:
+            model = GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=VOCABULARY,
+                    n_positions=CONTEXT,
+                    n_embd=shape.width,
+                    n_layer=shape.blocks,
+                    n_head=shape.heads,
+                    n_inner=shape.hidden,
+                    resid_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    attn_pdrop=0.0,
+                )
+            )
+    model.config.use_cache = False
+    return model.float().eval()
+
+
+def sequences(num: int, length: int, seed: int) -> TokenBatch:
+    """Tokens by Zipf's law: the k-th most common has probability proportional to 1/k."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 1 / torch.arange(1, VOCABULARY + 1, dtype=torch.float64)
+    tokens = torch.multinomial(weights, num * length, replacement=True, generator=generator)
+    supervised = torch.ones(num, length, dtype=torch.bool)
+    supervised[:, 0] = False
+    return TokenBatch(torch.arange(num), tokens.view(num, length), supervised)

@@ -1,0 +1,238 @@
+"""The phases of the engine as calls that can be timed: this project's side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.clock import MIB, Work
+from influence.damping import RelativeDamping
+from influence.eigenbasis import EigenBasis, eigendecompose
+from influence.ekfac import EKFACBlock
+from influence.factors import Factors, fit_factors
+from influence.layers import Layer, find_layers, share_inputs
+from influence.lowrank import LowRank
+from influence.objectives import training_loss
+from influence.queries import Query, prepare_queries
+from influence.scores import stream
+from influence.selfinfluence import stream_self
+from influence.sequences import TokenBatch, batches_by_tokens
+from influence.spectrum import Spectrum, fit_spectra
+from influence.tokens import token_grids
+from tasks.eigens import write_eigens
+from tasks.kronecker import write_factors
+from tasks.spectra import write_spectra
+
+RANK = 32
+DAMPING = RelativeDamping(0.1)
+QUERY_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on.
+
+    Args:
+        model: by its name in `models.SHAPES`.
+        length: tokens of a sequence.
+        num_sequences: candidates, and sequences of the fit.
+        patterns: which layers.
+        num_queries: of `QUERY_LENGTH` tokens or the sequences' length, whichever is less.
+        tokens_per_batch: of a pass.
+    """
+
+    model_name: str = "M"
+    length: int = 512
+    num_sequences: int = 8
+    patterns: tuple[str, ...] = ("mlp",)
+    num_queries: int = 8
+    tokens_per_batch: int = 2048
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return models.build(self.model_name)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        layers, _ = find_layers(self.model, self.patterns)
+        return share_inputs(self.model, layers, torch.zeros(1, 2, dtype=torch.int64))
+
+    @cached_property
+    def corpus(self) -> TokenBatch:
+        return models.sequences(self.num_sequences, self.length, seed=1)
+
+    @cached_property
+    def batches(self) -> list[TokenBatch]:
+        groups = batches_by_tokens([self.length] * self.num_sequences, self.tokens_per_batch)
+        return [self.corpus.select(torch.tensor(group)) for group in groups]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_sequences * self.length
+
+    @cached_property
+    def queries(self) -> list[Query]:
+        length = min(QUERY_LENGTH, self.length)
+        tokens = models.sequences(self.num_queries, length, seed=2).tokens.tolist()
+        return [Query(f"query {n}", (row[0],), tuple(row[1:])) for n, row in enumerate(tokens)]
+
+    @property
+    def num_query_tokens(self) -> int:
+        return self.num_queries * min(QUERY_LENGTH, self.length)
+
+    @cached_property
+    def factors(self) -> Factors:
+        return fit_factors(self.model, self.layers, self.batches, seed=0)
+
+    @cached_property
+    def bases(self) -> dict[str, EigenBasis]:
+        Q_A, Q_S = (
+            {n: eigendecompose(c.value, n).vectors.float() for n, c in side.items()}
+            for side in (self.factors.inputs, self.factors.outputs)
+        )
+        return {
+            layer.name: EigenBasis(Q_A[layer.input_group], Q_S[layer.name]) for layer in self.layers
+        }
+
+    @cached_property
+    def spectra(self) -> dict[str, Spectrum]:
+        return fit_spectra(self.model, self.layers, self.bases, self.batches, seed=0)
+
+    @cached_property
+    def solvers(self) -> dict[str, EKFACBlock]:
+        return {
+            name: EKFACBlock(self.bases[name], spectrum.values.float())
+            for name, spectrum in self.spectra.items()
+        }
+
+    def random_queries(self, num: int, rank: int) -> dict[str, LowRank]:
+        """Factors of the shape of prepared queries; what they hold does not change the cost."""
+        generator = torch.Generator().manual_seed(3)
+        return {
+            layer.name: LowRank(
+                torch.randn(num, layer.d_out, rank, generator=generator),
+                torch.randn(num, rank, layer.d_in, generator=generator),
+            )
+            for layer in self.layers
+        }
+
+
+def unit(setting: Setting) -> Work:
+    """One forward and backward as in training, weight gradients of all parameters included."""
+
+    def call() -> None:
+        for batch in setting.batches:
+            setting.model.zero_grad(set_to_none=True)
+            logits = setting.model(batch.inputs).logits
+            training_loss(logits, batch).sum().backward()
+        setting.model.zero_grad(set_to_none=True)
+
+    return Work(call, setting.num_tokens)
+
+
+def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
+    """The phases by name."""
+    makers = {
+        "factors": _factors,
+        "eigen": _eigen,
+        "lambda": _lambda,
+        "query": _query,
+        "stream 8": lambda s: _stream(s, 8),
+        "stream 64": lambda s: _stream(s, 64),
+        "stream 1024": lambda s: _stream(s, 1024),
+        "tokens 8": _tokens,
+        "self": _self,
+    }
+    return {name: makers[name](setting) for name in names}
+
+
+PHASES = (
+    "factors", "lambda", "self", "query", "stream 8", "tokens 8", "stream 64", "stream 1024"
+)  # fmt: skip
+
+
+def disk_mib(setting: Setting) -> dict[str, float]:
+    """Size of what the stages would write: A and S, their eigenvectors, Λ."""
+    eigens = {
+        f"{side}/{name}": eigendecompose(covariance.value, name)
+        for side, each in (("A", setting.factors.inputs), ("S", setting.factors.outputs))
+        for name, covariance in each.items()
+    }
+    with TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in ("factors", "eigen", "spectra")}
+        write_factors(files["factors"], setting.factors, torch.float32)
+        write_eigens(files["eigen"], eigens, torch.float32)
+        write_spectra(files["spectra"], setting.spectra, torch.float32)
+        return {name: path.stat().st_size / MIB for name, path in files.items()}
+
+
+def _factors(setting: Setting) -> Work:
+    return Work(
+        lambda: fit_factors(setting.model, setting.layers, setting.batches, seed=0),
+        setting.num_tokens,
+    )
+
+
+def _eigen(setting: Setting) -> Work:
+    sides: list[Mapping[str, Tensor]] = [
+        {name: each.value for name, each in side.items()}
+        for side in (setting.factors.inputs, setting.factors.outputs)
+    ]
+    return Work(
+        lambda: [eigendecompose(m, n) for side in sides for n, m in side.items()],
+        setting.num_tokens,
+    )
+
+
+def _lambda(setting: Setting) -> Work:
+    bases = setting.bases
+    return Work(
+        lambda: fit_spectra(setting.model, setting.layers, bases, setting.batches, seed=0),
+        setting.num_tokens,
+    )
+
+
+def _query(setting: Setting) -> Work:
+    solvers = setting.solvers
+
+    def call() -> object:
+        return prepare_queries(
+            setting.model, setting.layers, setting.queries, {"ekfac": solvers}, DAMPING, RANK,
+            setting.tokens_per_batch,
+        )  # fmt: skip
+
+    return Work(call, setting.num_query_tokens)
+
+
+def _self(setting: Setting) -> Work:
+    solvers = setting.solvers
+    return Work(
+        lambda: list(stream_self(setting.model, setting.layers, solvers, DAMPING, setting.batches)),
+        setting.num_tokens,
+    )
+
+
+def _tokens(setting: Setting) -> Work:
+    prepared = setting.random_queries(8, RANK)
+
+    def call() -> None:
+        for batch in setting.batches:
+            token_grids(setting.model, setting.layers, prepared, batch, 1)
+
+    return Work(call, setting.num_tokens)
+
+
+def _stream(setting: Setting, num_queries: int) -> Work:
+    prepared = setting.random_queries(num_queries, RANK)
+
+    def call() -> Tensor:
+        return torch.cat(
+            [r for _, r in stream(setting.model, setting.layers, prepared, setting.batches)], dim=1
+        )
+
+    return Work(call, setting.num_tokens)

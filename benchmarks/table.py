@@ -1,0 +1,150 @@
+"""What was measured, kept in docs/engine/*.jsonl, and the table and figure that are made of it."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+FOLDER, PAGE, FIGURE = Path("docs/engine"), Path("docs/results.md"), Path("docs/engine/engine.png")
+OPEN, CLOSE = "<!-- engine -->", "<!-- /engine -->"
+Line = Mapping[str, Any]
+TOLD = {
+    "factors": "A, S with sampled labels",
+    "lambda": "Λ",
+    "self": "self-influence",
+    "query": "query: gradient, solve, rank 32 (a query token)",
+    "stream 8": "stream, 8 queries of rank 32",
+    "tokens 8": "the same with token scores",
+    "stream 64": "stream, 64 queries of rank 32",
+    "stream 1024": "stream, 1024 queries of rank 32",
+}
+
+
+def machine() -> str:
+    """What it was measured on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def keep(root: Path, lines: Sequence[Line]) -> Path:
+    """Write the lines of one run; an earlier run of the same setting is replaced."""
+    about = lines[0]
+    name = f"{about['model']}-{about['length']}-{'+'.join(about['layers'])}.jsonl"
+    path = root / FOLDER / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read(root: Path) -> dict[str, list[Line]]:
+    """The lines of every setting, by file name."""
+    return {
+        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted((root / FOLDER).glob("*.jsonl"))
+    }
+
+
+def write(root: Path) -> None:
+    """Bring the page's block and the figure up to date."""
+    runs = read(root)
+    page = root / PAGE
+    text = page.read_text(encoding="utf-8")
+    page.write_text(with_block(text, render(runs)), encoding="utf-8")
+    if runs:
+        draw(runs, root / FIGURE)
+
+
+def with_block(text: str, block: str) -> str:
+    """The page with what stands between the markers replaced.
+
+    Raises:
+        ValueError: if the markers are not there, once each and in order.
+    """
+    if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or text.index(OPEN) > text.index(CLOSE):
+        raise ValueError(f"{PAGE} must hold {OPEN} and, after it, {CLOSE}, once each; add them")
+    before, rest = text.split(OPEN)
+    return f"{before}{OPEN}\n{block}\n{CLOSE}{rest.split(CLOSE)[1]}"
+
+
+def render(runs: Mapping[str, Sequence[Line]]) -> str:
+    """A table for each setting."""
+    if not runs:
+        return "Nothing has been measured yet."
+    parts = []
+    for name, lines in runs.items():
+        about = lines[0]
+        parts += [
+            f"### {name}",
+            "",
+            f"{about['machine']}, {about['threads']} thread; medians of {about['repeats']} "
+            "interleaved repeats [smallest, largest].",
+            "",
+            "| phase | fb a token | kronfluence | ours ÷ kronfluence | peak above the model, MiB |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        agreement: dict[str, float] = {}
+        for line in lines:
+            agreement |= line.get("agreement", {})
+            if "phase" in line:
+                cells = [
+                    TOLD[line["phase"]], *(_cell(line, key) for key in ("fb", "peer_fb")),
+                    _cell(line, "over_peer"), _memory(line),
+                ]  # fmt: skip
+                parts.append(f"| {' | '.join(cells)} |")
+        for line in lines:
+            if "disk_mib" in line:
+                told = ", ".join(
+                    f"{key} {value:,.0f} against {line['peer_disk_mib'][key]:,.0f}"
+                    for key, value in line["disk_mib"].items()
+                )
+                parts += ["", f"On disk, MiB, ours against kronfluence: {told}."]
+        if agreement:
+            told = ", ".join(f"{key} {value:.0e}" for key, value in agreement.items())
+            parts += ["", f"Relative difference to kronfluence (Frobenius, worst layer): {told}."]
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def _cell(line: Line, key: str) -> str:
+    if key not in line:
+        return "–"
+    return f"{line[key]:.2f} [{line[f'{key}_low']:.2f}, {line[f'{key}_high']:.2f}]"
+
+
+def _memory(line: Line) -> str:
+    ours, theirs = line.get("peak_mib"), line.get("peer_peak_mib")
+    told = [f"{value:,.0f}" for value in (ours, theirs) if value is not None]
+    return " against ".join(told) or "–"
+
+
+def draw(runs: Mapping[str, Sequence[Line]], path: Path) -> None:
+    """Cost of each phase, both sides, a panel a setting."""
+    figure, panels = plt.subplots(1, len(runs), figsize=(5 * len(runs), 4), squeeze=False)
+    for panel, (name, lines) in zip(panels[0], runs.items(), strict=False):
+        phases = [line for line in lines if "phase" in line]
+        at = range(len(phases))
+        panel.barh([x + 0.2 for x in at], [p["fb"] for p in phases], 0.4, label="influence")
+        peers = [p.get("peer_fb", 0.0) for p in phases]
+        panel.barh([x - 0.2 for x in at], peers, 0.4, label="kronfluence")
+        panel.set_yticks(list(at), [p["phase"] for p in phases])
+        panel.invert_yaxis()
+        panel.axvline(1, color="grey", linewidth=0.8)
+        panel.set_xlabel("forward and backward passes, a token")
+        panel.set_title(name)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,139 @@
+"""How a layer's inputs and output gradients meet all queries: forms of one number, and their cost.
+
+⟨V_q, Σ_t ds_t [a_t; 1]ᵀ⟩ is had in either of two ways: the sum over tokens is formed and meets
+every V_q, or each token meets the factors of V_q and no gradient is formed. Which is cheaper
+follows from the shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.capture import LayerIO
+from influence.layers import Layer
+from influence.lowrank import LowRank
+
+# Multiply-adds that a number written and read once costs: products run at some 60 · 10⁹ a second
+# on a core whose memory gives 11 · 10⁹ bytes; a GPU is about as lopsided.
+TRAFFIC = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ByToken:
+    """Tokens meet the factors of the queries, all queries and ranks in one product a side."""
+
+    left: Float[Tensor, "o columns"]
+    right: Float[Tensor, "i columns"]
+    bias: Float[Tensor, " columns"] | None
+    rank: int
+
+    @classmethod
+    def of(cls, query: LowRank, has_bias: bool) -> "ByToken":
+        """The queries' factors side by side."""
+        left = rearrange(query.left, "q o r -> o (q r)").contiguous()
+        right = rearrange(query.right, "q r i -> i (q r)").contiguous()
+        bias = right[-1] if has_bias else None
+        return cls(left, right[:-1] if has_bias else right, bias, query.rank)
+
+    def __call__(self, io: LayerIO) -> Float[Tensor, "q n"]:
+        """⟨V_q, Σ_t ds [a; 1]ᵀ⟩."""
+        return self.tokens(io).sum(dim=-1)
+
+    def tokens(self, io: LayerIO) -> Float[Tensor, "q n t"]:
+        """ds_tᵀ V_q [a_t; 1] of every position; raw, as in `scores`."""
+        products = io.a @ self.right
+        if self.bias is not None:
+            products += self.bias
+        products *= io.ds @ self.left
+        return rearrange(products.unflatten(-1, (-1, self.rank)).sum(dim=-1), "n t q -> q n t")
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """Sequence gradients are formed, and meet every query in one product."""
+
+    dense: Float[Tensor, "q d_out d_in"]
+
+    def __call__(self, io: LayerIO) -> Float[Tensor, "q n"]:
+        """⟨V_q, Σ_t ds [a; 1]ᵀ⟩."""
+        return meet(self.dense, io.gradient())
+
+
+def meet(
+    dense: Float[Tensor, "q d_out d_in"], gradients: Float[Tensor, "n d_out d_in"]
+) -> Float[Tensor, "q n"]:
+    """⟨V_q, ∇_n⟩ of all pairs."""
+    return dense.flatten(1) @ gradients.flatten(1).mT
+
+
+def forms_gradients(query: LowRank, num_positions: int, window: float) -> bool:
+    """Whether forming Σ_t ds aᵀ costs less a sequence than going token by token.
+
+    Args:
+        query: all queries of a layer.
+        num_positions: tokens of a sequence.
+        window: how many sequences meet the queries' dense matrices before these are made anew.
+    """
+    num_queries, rank = query.num_queries, query.rank
+    d_out, d_in = query.left.shape[1], query.right.shape[2]
+    by_token = num_positions * num_queries * rank * (d_in + d_out + TRAFFIC)
+    made = num_queries * (rank + TRAFFIC) / window
+    formed = (num_positions + TRAFFIC + num_queries + made) * d_in * d_out
+    return formed <= by_token
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Sequence gradients of a layer that have not met the queries yet."""
+
+    gradients: Float[Tensor, "n d_out d_in"]
+
+
+@dataclass
+class Contractions:
+    """All layers' queries, and the gradients that wait for them within a budget of memory.
+
+    Dense matrices of many queries may outgrow memory. Then sequence gradients wait, up to the
+    budget, and meet a part of the queries at a time, whose matrices are made for all that wait.
+
+    Args:
+        prepared: the queries of each layer.
+        memory: bytes for dense matrices and for waiting gradients, each.
+    """
+
+    prepared: Mapping[str, LowRank]
+    memory: int
+    _ready: dict[str, ByToken] = field(default_factory=dict, init=False)
+    _dense: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    @property
+    def window(self) -> float:
+        """Sequences that may wait at once; without end where all dense matrices fit and stay."""
+        one = sum(query.dense_bytes // query.num_queries for query in self.prepared.values())
+        if sum(query.dense_bytes for query in self.prepared.values()) <= self.memory:
+            return float("inf")
+        return max(1.0, self.memory / one)
+
+    def begin(self, layer: Layer, io: LayerIO) -> Float[Tensor, "q n"] | Waiting:
+        """⟨V_q, Σ_t ds [a; 1]ᵀ⟩ where it can be had at once."""
+        query = self.prepared[layer.name]
+        if not forms_gradients(query, io.a.shape[1], self.window):
+            if layer.name not in self._ready:
+                self._ready[layer.name] = ByToken.of(query, layer.has_bias)
+            return self._ready[layer.name](io)
+        if self.window < float("inf"):
+            return Waiting(io.gradient())
+        if layer.name not in self._dense:
+            self._dense[layer.name] = query.dense()
+        return meet(self._dense[layer.name], io.gradient())
+
+    def finish(self, name: str, waiting: Sequence[Waiting]) -> Float[Tensor, "q n"]:
+        """What waited at a layer with all queries, some queries at a time."""
+        query, gradients = self.prepared[name], torch.cat([each.gradients for each in waiting])
+        at_once = max(1, query.num_queries * self.memory // (4 * query.dense_bytes))
+        rows = torch.arange(query.num_queries).split(at_once)
+        return torch.cat([meet(query.select(part.tolist()).dense(), gradients) for part in rows])

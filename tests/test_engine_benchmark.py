@@ -1,0 +1,121 @@
+"""The engine's benchmark measures what it says, and the page shows what was measured."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import clock, engine, models, table
+from benchmarks.phases import PHASES, Setting, ours, unit
+from tests.conftest import ROOT
+
+SMALL = ["--model", "S", "--length", "12", "--sequences", "2", "--queries", "2", "--repeats", "2"]
+
+
+def test_every_phase_prints_a_line_with_its_ratio(capsys):
+    phases = ["factors", "lambda", "self", "query", "stream 8", "tokens 8"]
+    engine.main([*SMALL, *(part for name in phases for part in ("--phase", name))])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["phase"] for line in lines] == phases
+    for line in lines:
+        assert 0 < line["fb_low"] <= line["fb"] <= line["fb_high"]
+        assert (line["model"], line["length"], line["repeats"]) == ("S", 12, 2)
+
+
+def test_a_ratio_is_the_cost_of_a_token_over_that_of_the_unit():
+    unit_of = clock.Work(lambda: time.sleep(0.02), num_tokens=10)
+    works = {"twice": clock.Work(lambda: time.sleep(0.02), 5), "half": clock.Work(lambda: 0, 10)}
+    found = clock.ratios(unit_of, works, repeats=3)
+    assert found["twice"].median == pytest.approx(2, rel=0.1)
+    assert found["half"].median < 0.1
+    assert len(found["twice"].repeats) == 3
+
+
+def test_the_peak_is_what_a_call_holds_at_once():
+    def hold() -> None:
+        parts = [torch.ones(2**23) for _ in range(4)]  # 128 MiB together
+        del parts
+        torch.ones(2**22)
+
+    assert clock.peak_mib(hold) == pytest.approx(128, abs=10)
+
+
+def test_the_unit_is_a_training_step_with_all_weight_gradients():
+    setting = Setting("S", 12, 2)
+    seen = {}
+    original = setting.model.zero_grad
+
+    def watched(set_to_none: bool = True) -> None:
+        seen.update({n: p.grad is not None for n, p in setting.model.named_parameters()})
+        original(set_to_none=set_to_none)
+
+    setting.model.zero_grad = watched
+    unit(setting).call()
+    assert seen
+    assert all(seen.values())
+
+
+def test_models_are_the_same_every_time_and_of_the_stated_size():
+    sizes = {name: sum(p.numel() for p in models.build(name).parameters()) for name in ("S", "M")}
+    assert sizes["M"] == pytest.approx(29.4e6, rel=0.05)
+    one, two = (next(models.build("S").parameters()) for _ in range(2))
+    assert torch.equal(one, two)
+    with pytest.raises(ValueError, match="none of S, M, L"):
+        models.build("XL")
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_model_runs_every_kind_of_layer(name):
+    setting = Setting(name, 6, 1, ("mlp", "attention"), num_queries=1)
+    [work] = ours(setting, ["stream 8"]).values()
+    assert work.call().shape == (8, 1, len(setting.layers))
+    # q, k, v of the Llama share what goes in, and so do gate and up.
+    groups = len({layer.input_group for layer in setting.layers})
+    assert len(setting.layers) - groups == (24 if name == "L" else 0)
+
+
+def test_zipf_tokens_are_mostly_common():
+    tokens = models.sequences(4, 500, seed=1).tokens
+    assert (tokens < 100).float().mean() > 0.4
+    assert tokens.max() > 4000
+
+
+def line(phase: str, fb: float, **more: float) -> dict[str, object]:
+    about = {"model": "M", "length": 512, "layers": ["mlp"], "machine": "a machine"}
+    spread = {"fb": fb, "fb_low": fb - 0.01, "fb_high": fb + 0.02}
+    return about | {"threads": 1, "repeats": 5, "phase": phase} | spread | more
+
+
+def test_what_is_kept_is_what_the_table_says(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/results.md").write_text("before\n<!-- engine --><!-- /engine -->\nafter")
+    peers = {"peer_fb": 1.5, "peer_fb_low": 1.4, "peer_fb_high": 1.6}
+    ratio = {"over_peer": 0.5, "over_peer_low": 0.45, "over_peer_high": 0.55}
+    first = line("lambda", 1.23, **peers, **ratio, peak_mib=100.0, peer_peak_mib=1200.0)
+    agreement = {key: value for key, value in first.items() if "fb" not in key} | {
+        "agreement": {"A": 6.6e-8}
+    }
+    del agreement["phase"]
+    table.keep(tmp_path, [first, agreement])
+    table.keep(tmp_path, [first, line("stream 8", 0.7), agreement])  # replaces the first
+    table.write(tmp_path)
+    text = (tmp_path / "docs/results.md").read_text()
+    assert text.startswith("before\n<!-- engine -->")
+    assert text.endswith("<!-- /engine -->\nafter")
+    assert (
+        "| Λ | 1.23 [1.22, 1.25] | 1.50 [1.40, 1.60] | 0.50 [0.45, 0.55] | 100 against 1,200 |"
+        in text
+    )
+    assert "| stream, 8 queries of rank 32 | 0.70 [0.69, 0.72] | – | – | – |" in text
+    assert "A 7e-08" in text
+    assert (tmp_path / table.FIGURE).stat().st_size > 1000
+
+
+def test_the_committed_page_is_what_was_measured():
+    text = (ROOT / table.PAGE).read_text("utf-8")
+    assert table.with_block(text, table.render(table.read(ROOT))) == text
+
+
+def test_every_phase_has_words():
+    assert set(table.TOLD) == set(PHASES)
