@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import clock, table
+from benchmarks import clock, models, scale, table
 from benchmarks.phases import PHASES, Setting, disk_mib, ours, unit
 
 PEER = "peer: "
@@ -23,9 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
     given = _parser().parse_args(arguments)
     torch.set_num_threads(given.threads)
-    setting = Setting(
-        given.model, given.length, given.sequences, tuple(given.layers), given.queries
-    )
+    if given.scale:
+        scale.main()
+        return
+    shape = models.shape_of(given.model)
+    setting = Setting(shape, given.length, given.sequences, tuple(given.layers), given.queries)
     if given.memory_of:
         print(json.dumps(_peak(setting, given.memory_of)))
         return
@@ -111,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--phase", action="append", choices=PHASES, help="only these; repeat it")
     parser.add_argument("--peer", choices=["kronfluence"], help="the same work by a peer")
     parser.add_argument("--keep", action="store_true", help="write docs/engine and docs/results.md")
+    parser.add_argument("--scale", action="store_true", help="sweeps of one axis at a time")
     parser.add_argument("--memory", action="store_true", help="peak memory too, a process each")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser

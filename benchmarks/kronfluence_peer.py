@@ -120,7 +120,7 @@ class Kronfluence:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.task = LanguageModelling([layer.name for layer in setting.layers])
-        self.model = prepare_model(with_linear(models.build(setting.model_name)), self.task)
+        self.model = prepare_model(with_linear(models.build(setting.shape)), self.task)
         self.state = State(cpu=True)
         self.names = get_tracked_module_names(self.model)
         self.per_batch = max(1, setting.tokens_per_batch // setting.length)

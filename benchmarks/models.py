@@ -22,27 +22,34 @@ class Shape:
     width: int
     heads: int
     hidden: int
+    llama: bool = False
 
 
 SHAPES: Mapping[str, Shape] = {
     "S": Shape(4, 256, 4, 1024),
     "M": Shape(8, 512, 8, 2048),
-    "L": Shape(8, 512, 8, 1536),  # a Llama of M's size: its MLP has three matrices, not two
+    "L": Shape(
+        8, 512, 8, 1536, llama=True
+    ),  # a Llama of M's size: its MLP has three matrices, not two
 }
 
 
-def build(name: str) -> PreTrainedModel:
-    """`S` and `M` are GPT-2s, `L` is a Llama whose queries share keys in pairs; all in float32.
+def shape_of(name: str) -> Shape:
+    """One of the fixed shapes: `S` and `M` are GPT-2s, `L` is a Llama.
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in SHAPES:
         raise ValueError(f"model {name!r} is none of {', '.join(NAMES)}")
-    shape = SHAPES[name]
+    return SHAPES[name]
+
+
+def build(shape: Shape) -> PreTrainedModel:
+    """A GPT-2, or a Llama whose queries share keys in pairs; in float32, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        if name == "L":
+        if shape.llama:
             model: PreTrainedModel = LlamaForCausalLM(
                 LlamaConfig(
                     vocab_size=VOCABULARY,

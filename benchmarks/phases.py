@@ -38,7 +38,7 @@ class Setting:
     """What is measured on.
 
     Args:
-        model: by its name in `models.SHAPES`.
+        shape: of the model.
         length: tokens of a sequence.
         num_sequences: candidates, and sequences of the fit.
         patterns: which layers.
@@ -46,7 +46,7 @@ class Setting:
         tokens_per_batch: of a pass.
     """
 
-    model_name: str = "M"
+    shape: models.Shape = models.SHAPES["M"]
     length: int = 512
     num_sequences: int = 8
     patterns: tuple[str, ...] = ("mlp",)
@@ -55,7 +55,7 @@ class Setting:
 
     @cached_property
     def model(self) -> nn.Module:
-        return models.build(self.model_name)
+        return models.build(self.shape)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -142,9 +142,9 @@ def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
         "eigen": _eigen,
         "lambda": _lambda,
         "query": _query,
-        "stream 8": lambda s: _stream(s, 8),
-        "stream 64": lambda s: _stream(s, 64),
-        "stream 1024": lambda s: _stream(s, 1024),
+        "stream 8": lambda s: stream_work(s, 8, RANK),
+        "stream 64": lambda s: stream_work(s, 64, RANK),
+        "stream 1024": lambda s: stream_work(s, 1024, RANK),
         "tokens 8": _tokens,
         "self": _self,
     }
@@ -227,8 +227,9 @@ def _tokens(setting: Setting) -> Work:
     return Work(call, setting.num_tokens)
 
 
-def _stream(setting: Setting, num_queries: int) -> Work:
-    prepared = setting.random_queries(num_queries, RANK)
+def stream_work(setting: Setting, num_queries: int, rank: int) -> Work:
+    """Queries that are prepared already meet all candidates."""
+    prepared = setting.random_queries(num_queries, rank)
 
     def call() -> Tensor:
         return torch.cat(

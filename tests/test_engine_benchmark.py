@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import clock, engine, models, table
+from benchmarks import clock, engine, models, scale, table
 from benchmarks.phases import PHASES, Setting, ours, unit
 from tests.conftest import ROOT
 
@@ -42,7 +42,7 @@ def test_the_peak_is_what_a_call_holds_at_once():
 
 
 def test_the_unit_is_a_training_step_with_all_weight_gradients():
-    setting = Setting("S", 12, 2)
+    setting = Setting(models.SHAPES["S"], 12, 2)
     seen = {}
     original = setting.model.zero_grad
 
@@ -57,17 +57,20 @@ def test_the_unit_is_a_training_step_with_all_weight_gradients():
 
 
 def test_models_are_the_same_every_time_and_of_the_stated_size():
-    sizes = {name: sum(p.numel() for p in models.build(name).parameters()) for name in ("S", "M")}
+    sizes = {
+        name: sum(p.numel() for p in models.build(models.SHAPES[name]).parameters())
+        for name in ("S", "M")
+    }
     assert sizes["M"] == pytest.approx(29.4e6, rel=0.05)
-    one, two = (next(models.build("S").parameters()) for _ in range(2))
+    one, two = (next(models.build(models.SHAPES["S"]).parameters()) for _ in range(2))
     assert torch.equal(one, two)
     with pytest.raises(ValueError, match="none of S, M, L"):
-        models.build("XL")
+        models.shape_of("XL")
 
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_model_runs_every_kind_of_layer(name):
-    setting = Setting(name, 6, 1, ("mlp", "attention"), num_queries=1)
+    setting = Setting(models.SHAPES[name], 6, 1, ("mlp", "attention"), num_queries=1)
     [work] = ours(setting, ["stream 8"]).values()
     assert work.call().shape == (8, 1, len(setting.layers))
     # q, k, v of the Llama share what goes in, and so do gate and up.
@@ -85,6 +88,27 @@ def line(phase: str, fb: float, **more: float) -> dict[str, object]:
     about = {"model": "M", "length": 512, "layers": ["mlp"], "machine": "a machine"}
     spread = {"fb": fb, "fb_low": fb - 0.01, "fb_high": fb + 0.02}
     return about | {"threads": 1, "repeats": 5, "phase": phase} | spread | more
+
+
+def test_an_exponent_is_the_slope_between_size_and_cost():
+    assert scale.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+def test_an_axis_is_measured_at_each_of_its_sizes():
+    def points():
+        for size in (1, 4):
+            yield size, clock.Work(lambda size=size: time.sleep(0.01 * size), 1)
+
+    found = scale.measured(scale.Axis("sleep", "sleeping", points), repeats=3)
+    assert found["sizes"] == [1, 4]
+    assert found["exponent"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_axes_vary_what_they_say():
+    lengths = [size for axis in scale.axes()[:1] for size, _ in axis.points()]
+    assert lengths == [64, 128, 256, 512]
+    names = {axis.name for axis in scale.axes()}
+    assert names == {"tokens", "width", "queries", "rank"}
 
 
 def test_what_is_kept_is_what_the_table_says(tmp_path):
