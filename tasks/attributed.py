@@ -14,11 +14,9 @@ from influence.sequences import TokenBatch, batches_by_tokens
 from tasks import store
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.models import model_for_thread
-from tasks.params import RunParams
+from tasks.precision import DTYPES
 from tasks.sequences import TokenStore
 from tasks.workspace import StageContext
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +107,6 @@ class PassReference:
                 f"first in sequence {name!r}; check the weights of {self.model.path}, or run the "
                 "pass in float32 (runtime.dtype)"
             ) from error
-
-
-def dtype_at_rest(params: RunParams) -> torch.dtype:
-    """Of factors, eigenvectors and spectra on disk: sums are taken in float64, and what a float32
-    pass reads is kept in float32."""
-    return torch.promote_types(DTYPES[params.runtime.dtype], torch.float32)
 
 
 def resolve_device(name: str) -> str:

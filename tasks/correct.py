@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from influence.spectrum import fit_spectra
-from tasks.attributed import PassReference, dtype_at_rest
+from tasks.attributed import PassReference
 from tasks.eigens import read_bases
+from tasks.precision import dtype_at_rest
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.spectra import add_spectra, read_spectra, write_spectra

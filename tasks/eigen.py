@@ -4,9 +4,9 @@ from pathlib import Path
 
 from influence.eigenbasis import eigendecompose
 from tasks import store
-from tasks.attributed import dtype_at_rest
 from tasks.eigens import write_eigens
 from tasks.kronecker import covariance_names, covariance_size, read_covariance
+from tasks.precision import dtype_at_rest
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.workspace import StageContext
 

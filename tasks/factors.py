@@ -7,8 +7,9 @@ from pathlib import Path
 from influence.factors import fit_factors
 from influence.layers import Coverage, Layer
 from tasks import store
-from tasks.attributed import PassReference, dtype_at_rest
+from tasks.attributed import PassReference
 from tasks.kronecker import read_factors, write_factors
+from tasks.precision import dtype_at_rest
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.workspace import StageContext
