@@ -34,6 +34,7 @@ from tasks.models import (
     vocabulary_size,
 )
 from tasks.origin import Architecture, LocalCheckpoint, Scratch
+from tasks.seeded import seeded
 from tasks.windows import cut_windows, encode
 from tasks.workspace import StageContext
 
@@ -167,8 +168,7 @@ def new_model(architecture: Architecture, vocabulary: int) -> CausalLM:
         config = transformers.LlamaConfig(
             **size, intermediate_size=8 * -(-architecture.width // 3), pad_token_id=None
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(architecture.seed)
+    with seeded(architecture.seed):
         model = transformers.AutoModelForCausalLM.from_config(config)
     # GPT-2's class name tells transformers no loss type. It then takes this one all the same, but
     # its Trainer divides by one token a sequence too many.
@@ -197,8 +197,7 @@ def new_gpt2(
         bos_token_id=0,
         eos_token_id=1,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 

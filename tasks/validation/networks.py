@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.sequences import TokenBatch
+from tasks.seeded import seeded
 from tasks.train import new_gpt2
 from tasks.validation.datasets import Splits
 from tasks.validation.settings import Network, Perceptron, ResNet, Transformer
@@ -33,8 +34,7 @@ def build(network: Network, splits: Splits, dtype: torch.dtype, seed: int) -> nn
     if isinstance(network, Transformer):
         model = _transformer(network, splits, seed)
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             shape = splits.train.inputs.shape[1:]
             if isinstance(network, Perceptron):
                 model = _perceptron(network, shape, splits.num_outputs)

@@ -1,5 +1,7 @@
 """The benchmarks' networks: their sizes, their seeds, and that they can be differentiated."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -149,3 +151,19 @@ def test_gpt2_has_the_sizes_asked_for_and_no_dropout():
 def test_a_network_that_does_not_fit_is_told(network: Network, splits, told: str):
     with pytest.raises(ValueError, match=told):
         build(network, splits(), torch.float64, 0)
+
+
+@pytest.mark.parametrize("network", [MLP, RESNET, GPT2], ids=["mlp", "resnet", "gpt2"])
+def test_threads_that_build_at_once_do_not_draw_from_each_other(network):
+    """Seeds of a benchmark are shards, and shards are threads."""
+    splits = text() if network is GPT2 else images() if network is RESNET else rows()
+
+    def first_weights(seed: int) -> list[Tensor]:
+        return [p.detach() for p in build(network, splits, torch.float64, seed).parameters()]
+
+    alone = {seed: first_weights(seed) for seed in range(4)}
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(first_weights, [*range(4)] * 8))
+    for place, weights in enumerate(together):
+        for got, wanted in zip(weights, alone[place % 4], strict=True):
+            assert torch.equal(got, wanted)
