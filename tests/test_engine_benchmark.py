@@ -23,13 +23,31 @@ def test_every_phase_prints_a_line_with_its_ratio(capsys):
         assert (line["model"], line["length"], line["repeats"]) == ("S", 12, 2)
 
 
-def test_a_ratio_is_the_cost_of_a_token_over_that_of_the_unit():
-    unit_of = clock.Work(lambda: time.sleep(0.02), num_tokens=10)
-    works = {"twice": clock.Work(lambda: time.sleep(0.02), 5), "half": clock.Work(lambda: 0, 10)}
+@pytest.fixture
+def spend(monkeypatch):
+    """A clock that only moves when it is told to: a busy machine must not decide a test."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def call(seconds: float) -> None:
+        now[0] += seconds
+
+    return call
+
+
+def test_a_ratio_is_the_cost_of_a_token_over_that_of_the_unit(spend):
+    unit_of = clock.Work(lambda: spend(0.5), num_tokens=10)
+    works = {"twice": clock.Work(lambda: spend(0.5), 5), "free": clock.Work(lambda: None, 10)}
     found = clock.ratios(unit_of, works, repeats=3)
-    assert found["twice"].median == pytest.approx(2, rel=0.1)
-    assert found["half"].median < 0.1
-    assert len(found["twice"].repeats) == 3
+    assert found["twice"].repeats == pytest.approx((2, 2, 2))
+    assert found["free"].repeats == (0, 0, 0)
+
+
+def test_a_machine_that_slows_down_is_judged_by_the_units_on_both_sides(spend):
+    costs = iter([1.0, 3.0])
+    unit_of = clock.Work(lambda: spend(next(costs)), num_tokens=1)
+    works = {"between": clock.Work(lambda: spend(2.0), 1)}
+    assert clock.ratios(unit_of, works, 1, warm_up=False)["between"].median == pytest.approx(1)
 
 
 def test_the_peak_is_what_a_call_holds_at_once():
@@ -94,14 +112,15 @@ def test_an_exponent_is_the_slope_between_size_and_cost():
     assert scale.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
 
 
-def test_an_axis_is_measured_at_each_of_its_sizes():
+def test_an_axis_is_measured_at_each_of_its_sizes(spend):
     def points():
         for size in (1, 4):
-            yield size, clock.Work(lambda size=size: time.sleep(0.01 * size), 1)
+            yield size, clock.Work(lambda size=size: spend(0.5 * size), 1)
 
     found = scale.measured(scale.Axis("sleep", "sleeping", points), repeats=3)
     assert found["sizes"] == [1, 4]
-    assert found["exponent"] == pytest.approx(1, abs=0.1)
+    assert found["seconds"] == pytest.approx([0.5, 2.0])
+    assert found["exponent"] == pytest.approx(1)
 
 
 def test_the_axes_vary_what_they_say():

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from influence.damping import RelativeDamping
-from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
 from influence.scores import influence
 from influence.selfinfluence import stream_self
 from tests import oracles
 from tests.influence import models
+from tests.influence.test_spectrum import any_bases
 
 DAMPING = RelativeDamping(0.1)
 
@@ -17,13 +17,10 @@ DAMPING = RelativeDamping(0.1)
 def any_solvers(layers) -> dict[str, EKFACBlock]:
     generator = torch.Generator().manual_seed(3)
     return {
-        layer.name: EKFACBlock(
-            EigenBasis(
-                models.orthogonal(2 * n, layer.d_in), models.orthogonal(2 * n + 1, layer.d_out)
-            ),
-            torch.rand(layer.d_out, layer.d_in, generator=generator, dtype=torch.float64),
+        name: EKFACBlock(
+            basis, torch.rand(basis.d_out, basis.d_in, generator=generator, dtype=torch.float64)
         )
-        for n, layer in enumerate(layers)
+        for name, basis in any_bases(layers).items()
     }
 
 
