@@ -52,17 +52,6 @@ class ByToken:
         return rearrange(products.unflatten(-1, (-1, self.rank)).sum(dim=-1), "n t q -> q n t")
 
 
-@dataclass(frozen=True, slots=True)
-class Formed:
-    """Sequence gradients are formed, and meet every query in one product."""
-
-    dense: Float[Tensor, "q d_out d_in"]
-
-    def __call__(self, io: LayerIO) -> Float[Tensor, "q n"]:
-        """⟨V_q, Σ_t ds [a; 1]ᵀ⟩."""
-        return meet(self.dense, io.gradient())
-
-
 def meet(
     dense: Float[Tensor, "q d_out d_in"], gradients: Float[Tensor, "n d_out d_in"]
 ) -> Float[Tensor, "q n"]:
@@ -107,16 +96,15 @@ class Contractions:
 
     prepared: Mapping[str, LowRank]
     memory: int
+    window: float = field(init=False)
+    """Sequences that may wait at once; without end where all dense matrices fit and stay."""
     _ready: dict[str, ByToken] = field(default_factory=dict, init=False)
     _dense: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    @property
-    def window(self) -> float:
-        """Sequences that may wait at once; without end where all dense matrices fit and stay."""
+    def __post_init__(self) -> None:
         one = sum(query.dense_bytes // query.num_queries for query in self.prepared.values())
-        if sum(query.dense_bytes for query in self.prepared.values()) <= self.memory:
-            return float("inf")
-        return max(1.0, self.memory / one)
+        fits = sum(query.dense_bytes for query in self.prepared.values()) <= self.memory
+        self.window = float("inf") if fits else max(1.0, self.memory / one)
 
     def begin(self, layer: Layer, io: LayerIO) -> Float[Tensor, "q n"] | Waiting:
         """⟨V_q, Σ_t ds [a; 1]ᵀ⟩ where it can be had at once."""

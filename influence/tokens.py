@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.contraction import ByToken, Formed
+from influence.contraction import ByToken, meet
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
@@ -81,7 +81,7 @@ def rescore(
     for layer in layers:
         query, io = prepared[layer.name], ios.get(layer.name)
         if io is not None:
-            raw = raw + Formed(query.dense())(io)
+            raw = raw + meet(query.dense(), io.gradient())
         for q, n in pairs:
             if io is None:  # an idle expert
                 cells = query.left.new_zeros(batch.tokens.shape[1])

@@ -17,7 +17,8 @@ def layer_health(factors: Path, eigen: Path, correct: Path) -> dict[str, dict[st
     """What to look at before the scores of a layer are believed.
 
     Returns, by layer:
-        trace_ratio: Σ Λ / mean ‖g‖², 1 when the eigenbasis is orthogonal and Λ is right.
+        trace_ratio: ‖g‖² in the eigenbasis over ‖g‖², of the first sequence of every shard: 1
+            when the eigenbasis is orthogonal.
         condition: the largest of Λ over its median; the damping decides below it.
         effective_rank: (Σ Λ)² / Σ Λ², the number of directions that carry the curvature.
         effective_rank_A, effective_rank_S: the same of the two factors.
@@ -37,9 +38,9 @@ def layer_health(factors: Path, eigen: Path, correct: Path) -> dict[str, dict[st
         trace_ratio = spectrum.trace_ratio
         if not abs(trace_ratio - 1) <= TRACE_TOLERANCE:
             raise ValueError(
-                f"layer {name!r}: Σ Λ is {trace_ratio:.6g} times the mean squared norm of the "
-                "gradients, but must equal it: the eigenbasis is not orthogonal or the spectrum "
-                "belongs to another fit; run the stages eigen and correct again"
+                f"layer {name!r}: rotation into the eigenbasis multiplied ‖g‖² by "
+                f"{trace_ratio:.6g}, but must keep it: the eigenbasis is not orthogonal; run the "
+                "stages eigen and correct again"
             )
         found[name] = {
             "trace_ratio": trace_ratio,

@@ -529,7 +529,7 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
     }
     assert found == {
         "Split-half agreement": "poor",
-        "Eigenvalues against gradients": "fair",
+        "Gradients in the eigenbasis": "fair",
         "Low rank against full rank": "fair",
         "Recall of the filter": "good",
         "Against BM25": "note",

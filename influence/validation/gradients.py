@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence.contraction import Formed
+from influence.contraction import meet
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.objectives import log_probability, training_loss
@@ -51,10 +51,9 @@ def inner_products(
 ) -> Float[Tensor, "q n"]:
     """⟨V_q, ∇L(z_n)⟩ over all layers; raw, as `influence.scores.influence` takes it."""
     columns = []
-    formed = {name: Formed(V) for name, V in prepared.items()}
     for places in torch.arange(len(examples.ids)).split(EXAMPLES):
         ios = run_pass(model, layers, examples.select(places), training_loss)
-        columns.append(sum(formed[name](io) for name, io in ios.items()))
+        columns.append(sum(meet(prepared[name], io.gradient()) for name, io in ios.items()))
     return torch.cat(columns, dim=1)
 
 

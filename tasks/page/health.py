@@ -106,14 +106,13 @@ def _trace(layers: Mapping[str, Any] | None) -> Verdict | None:
     error = abs(ratios[worst] - 1)
     grade = _graded(-error, -1e-3, -1e-2)
     sentence = {
-        "good": "The corrected eigenvalues add up to the mean squared gradient in every layer, as "
-        "they must.",
-        "fair": f"The corrected eigenvalues miss the mean squared gradient slightly in {worst}.",
-        "poor": f"The corrected eigenvalues do not add up to the mean squared gradient in {worst}: "
-        "scores through this layer are not to be trusted.",
+        "good": "The eigenbasis keeps the norm of gradients in every layer, as it must.",
+        "fair": f"The eigenbasis changes the norm of gradients slightly in {worst}.",
+        "poor": f"The eigenbasis does not keep the norm of gradients in {worst}: scores "
+        "through this layer are not to be trusted.",
     }[grade]
     return Verdict(
-        "Eigenvalues against gradients", f"off by at most {plain(error, 2)}", grade, sentence
+        "Gradients in the eigenbasis", f"off by at most {plain(error, 2)}", grade, sentence
     )
 
 

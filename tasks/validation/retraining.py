@@ -14,12 +14,12 @@ from influence.passes import run_pass
 from influence.validation.estimators import fit_curvature, fit_diagonal
 from influence.validation.lds import random_subsets
 from tasks import store
+from tasks.precision import DTYPES
 from tasks.shards import ShardRef
 from tasks.validation.context import BenchmarkContext
 from tasks.validation.datasets import random_generator
 from tasks.validation.networks import build
 from tasks.validation.subject import (
-    DTYPES,
     Subject,
     damping_of_seed,
     model_file,

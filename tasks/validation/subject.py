@@ -16,12 +16,12 @@ from influence.validation.ggn import GaussNewton, outputs_at
 from influence.validation.layout import Layout
 from tasks import store
 from tasks.damping import damping_rule
+from tasks.precision import DTYPES
 from tasks.validation.context import BenchmarkContext
 from tasks.validation.datasets import Splits, load_data, random_generator
 from tasks.validation.networks import build
 from tasks.validation.settings import TrainingLength
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MEMORY = 2**29  # bytes that vectors or models side by side may take
 
 

@@ -13,11 +13,11 @@ from influence.validation.estimators import fit_curvature
 from influence.validation.nystrom import Nystrom, Woodbury
 from influence.validation.pbrf import ProximalObjective, respond
 from tasks import store
+from tasks.precision import DTYPES
 from tasks.shards import ShardRef
 from tasks.validation.context import BenchmarkContext
 from tasks.validation.networks import build
 from tasks.validation.subject import (
-    DTYPES,
     Subject,
     damping_of_seed,
     open_splits,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from influence.contraction import ByToken, Formed, forms_gradients
+from influence.contraction import ByToken, forms_gradients, meet
 from influence.lowrank import LowRank
 from tests import oracles
 from tests.influence import models
@@ -22,8 +22,8 @@ def matrices(q: int, o: int, i: int, rank: int | None) -> LowRank:
 def test_every_form_is_the_inner_product_with_the_sequence_gradient(has_bias, rank, forms_gradient):
     io = models.random_io(0, has_bias=has_bias)
     query = matrices(4, 2, 3 + has_bias, rank)
-    form = Formed(query.dense()) if forms_gradient else ByToken.of(query, has_bias)
-    got = form(io)
+    by_token = ByToken.of(query, has_bias)
+    got = meet(query.dense(), io.gradient()) if forms_gradient else by_token(io)
     assert got.shape == (4, 3)
     for q, n in itertools.product(range(4), range(3)):
         gradient = sum(
