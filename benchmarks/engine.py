@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import clock, models, scale, table
-from benchmarks.phases import PHASES, Setting, disk_mib, ours, unit
+from benchmarks.phases import PHASES, Setting, disk_mib, ours, shared_lost, unit
 
 PEER = "peer: "
 
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scale.main()
         return
     shape = models.shape_of(given.model)
-    setting = Setting(shape, given.length, given.sequences, tuple(given.layers), given.queries)
+    setting = Setting(
+        shape, given.length, given.sequences, tuple(given.layers), given.queries, given.batch
+    )
     if given.memory_of:
         print(json.dumps(_peak(setting, given.memory_of)))
         return
@@ -62,6 +64,8 @@ def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, 
             line["peak_mib"] = _memory(given, name)
             if PEER + name in found:
                 line["peer_peak_mib"] = _memory(given, PEER + name)
+        if name == "stream 1024 shared":
+            line["lost"] = shared_lost(setting)
         yield line
     if peer is not None:
         yield {"agreement": peer.agreement(setting)}
@@ -95,7 +99,7 @@ def _memory(given: argparse.Namespace, name: str) -> float | None:
         sys.executable, "-m", "benchmarks.engine", "--memory-of", name, "--model", given.model,
         "--length", str(given.length), "--sequences", str(given.sequences),
         "--threads", str(given.threads), "--queries", str(given.queries),
-        "--layers", *given.layers,
+        "--batch", str(given.batch), "--layers", *given.layers,
     ]  # fmt: skip
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(told.splitlines()[-1])["peak_mib"]
@@ -108,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--layers", nargs="+", default=["mlp"], help="roles or globs")
+    parser.add_argument("--batch", type=int, default=2048, help="tokens of a pass")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phase", action="append", choices=PHASES, help="only these; repeat it")

@@ -38,11 +38,11 @@ from benchmarks.phases import DAMPING, QUERY_LENGTH, RANK, Setting
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
 from influence.objectives import log_probability, sample_labels, training_loss
-from influence.queries import prepare_queries
-from influence.scores import stream
+from influence.queries import Method, prepare_queries
 from influence.selfinfluence import stream_self
 from influence.sequences import TokenBatch
 from influence.spectrum import fit_spectra
+from influence.streaming import stream
 
 Factors = dict[str, dict[str, Tensor]]
 
@@ -180,8 +180,8 @@ class Kronfluence:
             for name, spectrum in spectra.items()
         }
         prepared = prepare_queries(
-            ours.model, ours.layers, ours.queries, {"ekfac": solvers}, DAMPING, None,
-            ours.tokens_per_batch,
+            ours.model, ours.layers, ours.queries,
+            {"ekfac": Method(solvers, DAMPING)}, None, ours.tokens_per_batch,
         )["ekfac"]  # fmt: skip
         raw = [r for _, r in stream(ours.model, ours.layers, prepared, ours.batches)]
         found["scores"] = relative_difference(

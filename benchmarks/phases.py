@@ -1,5 +1,6 @@
 """The phases of the engine as calls that can be timed: this project's side."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +19,12 @@ from influence.factors import Factors, fit_factors
 from influence.layers import Layer, find_layers, share_inputs
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
-from influence.queries import Query, prepare_queries
-from influence.scores import stream
+from influence.queries import Method, Query, prepare_queries
 from influence.selfinfluence import stream_self
 from influence.sequences import TokenBatch, batches_by_tokens
 from influence.spectrum import Spectrum, fit_spectra
-from influence.tokens import token_grids
+from influence.streaming import Told, stream, stream_all
+from influence.subspace import SharedSubspace
 from tasks.eigens import write_eigens
 from tasks.kronecker import write_factors
 from tasks.spectra import write_spectra
@@ -31,6 +32,7 @@ from tasks.spectra import write_spectra
 RANK = 32
 DAMPING = RelativeDamping(0.1)
 QUERY_LENGTH = 128
+SHARED = 256  # columns of the subspace that many queries share
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
         "stream 8": lambda s: stream_work(s, 8, RANK),
         "stream 64": lambda s: stream_work(s, 64, RANK),
         "stream 1024": lambda s: stream_work(s, 1024, RANK),
+        "stream 1024 shared": lambda s: stream_work(s, 1024, RANK, SHARED),
         "tokens 8": _tokens,
         "self": _self,
     }
@@ -152,8 +155,23 @@ def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
 
 
 PHASES = (
-    "factors", "lambda", "self", "query", "stream 8", "tokens 8", "stream 64", "stream 1024"
+    "factors", "lambda", "self", "query", "stream 8", "tokens 8", "stream 64", "stream 1024",
+    "stream 1024 shared",
 )  # fmt: skip
+
+
+def shared_lost(setting: Setting, num_queries: int = 64) -> float:
+    """What a shared subspace leaves out of so many queries on random tokens, mean over layers.
+
+    What random factors would lose says nothing: these are gradients, of 32 tokens each.
+    """
+    tokens = models.sequences(num_queries, 32, seed=4).tokens.tolist()
+    queries = [Query(f"{n}", (row[0],), tuple(row[1:])) for n, row in enumerate(tokens)]
+    prepared = prepare_queries(
+        setting.model, setting.layers, queries, {"ekfac": Method(setting.solvers, DAMPING)},
+        RANK, setting.tokens_per_batch,
+    )["ekfac"]  # fmt: skip
+    return statistics.mean(SharedSubspace.of(query, SHARED).lost for query in prepared.values())
 
 
 def disk_mib(setting: Setting) -> dict[str, float]:
@@ -202,7 +220,8 @@ def _query(setting: Setting) -> Work:
 
     def call() -> object:
         return prepare_queries(
-            setting.model, setting.layers, setting.queries, {"ekfac": solvers}, DAMPING, RANK,
+            setting.model, setting.layers, setting.queries,
+            {"ekfac": Method(solvers, DAMPING)}, RANK,
             setting.tokens_per_batch,
         )  # fmt: skip
 
@@ -218,22 +237,21 @@ def _self(setting: Setting) -> Work:
 
 
 def _tokens(setting: Setting) -> Work:
+    """Scores, and the scores by token of all that enter the top ten of either sign."""
     prepared = setting.random_queries(8, RANK)
 
-    def call() -> None:
-        for batch in setting.batches:
-            token_grids(setting.model, setting.layers, prepared, batch, 1)
+    def call() -> list[Told]:
+        return list(stream_all(setting.model, setting.layers, prepared, setting.batches, top=10))
 
     return Work(call, setting.num_tokens)
 
 
-def stream_work(setting: Setting, num_queries: int, rank: int) -> Work:
+def stream_work(setting: Setting, num_queries: int, rank: int, columns: int | None = None) -> Work:
     """Queries that are prepared already meet all candidates."""
     prepared = setting.random_queries(num_queries, rank)
 
     def call() -> Tensor:
-        return torch.cat(
-            [r for _, r in stream(setting.model, setting.layers, prepared, setting.batches)], dim=1
-        )
+        told = stream(setting.model, setting.layers, prepared, setting.batches, columns=columns)
+        return torch.cat([raw for _, raw in told], dim=1)
 
     return Work(call, setting.num_tokens)

@@ -26,6 +26,7 @@ TOLD = {
     "tokens 8": "the same with token scores",
     "stream 64": "stream, 64 queries of rank 32",
     "stream 1024": "stream, 1024 queries of rank 32",
+    "stream 1024 shared": "the same in a subspace of 256 columns, not exact",
 }
 
 
@@ -37,16 +38,31 @@ def machine() -> str:
 
 
 def keep(root: Path, lines: Sequence[Line]) -> Path:
-    """Write the lines of one run; an earlier run of the same setting is replaced."""
+    """Write the lines of one run; of an earlier one here, those of other phases stay.
+
+    So that what does not fit into memory together can be measured apart.
+    """
     about = lines[0]
     name = f"{about['model']}-{about['length']}-{'+'.join(about['layers'])}.jsonl"
     path = root / FOLDER / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = {
+        _told(line): line
+        for line in [*map(json.loads, earlier), *lines]
+        if line["machine"] == about["machine"]
+    }
+    order = [*TOLD, *(key for key in kept if key not in TOLD)]
+    text = "".join(json.dumps(kept[key], ensure_ascii=False) + "\n" for key in order if key in kept)
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def _told(line: Line) -> str:
+    """The phase that a line tells of, or what else."""
+    return line.get("phase") or ("agreement" if "agreement" in line else "disk")
 
 
 def read(root: Path) -> dict[str, list[Line]]:
@@ -111,6 +127,13 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
                     for key, value in line["disk_mib"].items()
                 )
                 parts += ["", f"On disk, MiB, ours against kronfluence: {told}."]
+        for line in lines:
+            if "lost" in line:
+                parts += [
+                    "",
+                    f"What the subspace of 256 columns leaves out of 64 real queries: "
+                    f"{line['lost']:.2f} of their norm.",
+                ]
         if agreement:
             told = ", ".join(f"{key} {value:.0e}" for key, value in agreement.items())
             parts += ["", f"Relative difference to kronfluence (Frobenius, worst layer): {told}."]

@@ -20,7 +20,7 @@ Axis letters: n sequences, t positions, i or d_in layer inputs (with the 1 of a 
 layer outputs, q queries, r rank, k neighbours, l layers, v vocabulary.
 
 Reading order: sequences, layers, capture, objectives (what a pass sees); factors, eigenbasis,
-spectrum, damping, ekfac, solver (curvature); queries, lowrank, contraction, scores, tokens,
-selfinfluence (attribution); tfidf, statistics. This file imports nothing, so that a stage
-depends only on what it uses.
+sums, spectrum, damping, ekfac, solver (curvature); queries, lowrank, subspace, contraction, scores,
+selfinfluence, streaming, tokens (attribution); tfidf, statistics. This file imports nothing, so
+that a stage depends only on what it uses.
 """

@@ -12,8 +12,7 @@ from influence.examples import Batch
 from influence.layers import Layer
 from influence.passes import pseudo_gradients
 from influence.sequences import TokenBatch
-
-BLOCK = 512  # columns; narrower products are slower for each multiplication
+from influence.sums import LongSum, add_upper_moment, mirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +59,63 @@ def fit_factors(
 ) -> Factors:
     """Factors from pseudo-gradients, each supervised token counting once (§3.1 of the paper).
 
-    Sums are kept in float64, products are taken in the pass's dtype.
+    Products are taken in the pass's dtype, at least float32, and summed as in `LongSum`.
     """
-    inputs: dict[str, Covariance] = {}
-    outputs: dict[str, Covariance] = {}
-    for batch in batches:
+    inputs: dict[str, _Moment] = {}
+    outputs: dict[str, _Moment] = {}
+
+    def add(ios: Mapping[str, LayerIO], batch: Batch) -> None:
         done: set[str] = set()
-        ios = pseudo_gradients(model, layers, batch, seed)
         for layer in layers:
             if layer.name not in ios:
                 continue
             a, ds = _loss_carrying(ios[layer.name], batch)
-            _add(outputs, layer.name, Covariance(second_moment(ds).double(), len(ds)))
-            if layer.input_group not in done:
-                done.add(layer.input_group)
-                _add(inputs, layer.input_group, _input_covariance(a, layer.has_bias))
+            if layer.name not in outputs:
+                outputs[layer.name] = _Moment(ds, has_bias=False)
+            outputs[layer.name].add(ds)
+            group = layer.input_group
+            if group not in done:
+                done.add(group)
+                if group not in inputs:
+                    inputs[group] = _Moment(a, layer.has_bias)
+                inputs[group].add(a)
+
+    for batch in batches:  # no name keeps what a pass captured while the next one runs
+        add(pseudo_gradients(model, layers, batch, seed), batch)
     if not outputs:
         raise ValueError("no batch to fit the Kronecker factors on; give at least one sequence")
-    return Factors(inputs, outputs)
+    return Factors(
+        {group: moment.covariance() for group, moment in inputs.items()},
+        {name: moment.covariance() for name, moment in outputs.items()},
+    )
+
+
+class _Moment:
+    """Σ x xᵀ over rows, as it grows; of a bias, the homogeneous coordinate is a sum that joins at
+    the end, not a column of ones beside every activation."""
+
+    def __init__(self, like: Float[Tensor, "s d"], has_bias: bool) -> None:
+        width = like.shape[1] + has_bias
+        self._width, self._num_tokens = like.shape[1], 0
+        self._products = LongSum(width, width, like)
+        self._ones = like.new_zeros(like.shape[1], dtype=torch.float64) if has_bias else None
+
+    def add(self, x: Float[Tensor, "s d"]) -> None:
+        """Rows more."""
+        x = x.to(self._products.dtype)
+        add_upper_moment(self._products.open()[: self._width, : self._width], x)
+        if self._ones is not None:
+            self._ones += x.sum(dim=0, dtype=torch.float64)
+        self._num_tokens += len(x)
+
+    def covariance(self) -> Covariance:
+        """The sum in float64."""
+        total = self._products.total()
+        mirror(total[: self._width, : self._width])
+        if self._ones is not None:
+            total[-1, :-1] = total[:-1, -1] = self._ones
+            total[-1, -1] = self._num_tokens
+        return Covariance(total, self._num_tokens)
 
 
 def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Float[Tensor, "s o"]]:
@@ -85,38 +123,6 @@ def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Flo
     if isinstance(batch, TokenBatch):
         return io.a[batch.loss_positions], io.ds[batch.loss_positions]
     return io.a.flatten(0, 1), io.ds.flatten(0, 1)
-
-
-def _input_covariance(a: Float[Tensor, "s i"], has_bias: bool) -> Covariance:
-    product = second_moment(a).double()
-    if has_bias:
-        # The homogeneous coordinate by a sum, not by a column of ones beside every activation.
-        total = a.sum(dim=0, dtype=torch.float64).unsqueeze(1)
-        corner = product.new_full((1, 1), len(a))
-        product = torch.cat(
-            [torch.cat([product, total], dim=1), torch.cat([total.mT, corner], dim=1)]
-        )
-    return Covariance(product, len(a))
-
-
-def second_moment(x: Float[Tensor, "s d"]) -> Float[Tensor, "d d"]:
-    """xᵀx, of which only the blocks on and above the diagonal are multiplied out."""
-    width = x.shape[1]
-    if width < 2 * BLOCK:
-        return x.mT @ x
-    product = x.new_empty(width, width)
-    for start in range(0, width, BLOCK):
-        rows = slice(start, start + BLOCK)
-        product[rows, start:] = x[:, rows].mT @ x[:, start:]
-        product[start + BLOCK :, rows] = product[rows, start + BLOCK :].mT
-    return product
-
-
-def _add(into: dict[str, Covariance], name: str, covariance: Covariance) -> None:
-    if name in into:
-        into[name].sum.add_(covariance.sum)  # in place: one accumulator per factor
-        covariance = Covariance(into[name].sum, into[name].num_tokens + covariance.num_tokens)
-    into[name] = covariance
 
 
 def _sum(left: Mapping[str, Covariance], right: Mapping[str, Covariance]) -> dict[str, Covariance]:

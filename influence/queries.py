@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.damping import Damping
@@ -48,50 +47,23 @@ def query_batch(queries: Sequence[Query]) -> TokenBatch:
     return TokenBatch.collate(range(len(queries)), tokens, supervised)
 
 
-def query_gradients(
-    model: nn.Module, layers: Sequence[Layer], queries: Sequence[Query], tokens_per_batch: int
-) -> dict[str, Float[Tensor, "q d_out d_in"]]:
-    """∇f of every layer and query; a layer that a query does not run has gradient 0 there."""
-    parameter = next(model.parameters())
-    gradients = {
-        layer.name: torch.zeros(
-            len(queries), layer.d_out, layer.d_in, dtype=parameter.dtype, device=parameter.device
-        )
-        for layer in layers
-    }
-    lengths = [len(query.prompt) + len(query.completion) for query in queries]
-    for rows in batches_by_tokens(lengths, tokens_per_batch):
-        batch = query_batch([queries[row] for row in rows]).to(parameter.device)
-        for name, io in run_pass(model, layers, batch, log_probability).items():
-            gradients[name][rows] = io.gradient()
-    return gradients
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to precondition: each layer's solver, and the rule for λ."""
 
-
-def prepare(
-    gradients: Mapping[str, Float[Tensor, "q d_out d_in"]],
-    solvers: Mapping[str, LayerSolver],
-    damping: Damping,
-    rank: int | None,
-) -> dict[str, LowRank]:
-    """(G + λI)⁻¹∇f of every layer, truncated to `rank` (None: full rank)."""
-    return {
-        name: _solved(
-            solvers[name], damping, rank, lambda V=V: V, lambda basis, V=V: basis.rotate(V)
-        )
-        for name, V in gradients.items()
-    }
+    solvers: Mapping[str, LayerSolver]
+    damping: Damping
 
 
 def prepare_queries(
     model: nn.Module,
     layers: Sequence[Layer],
     queries: Sequence[Query],
-    methods: Mapping[str, Mapping[str, LayerSolver]],
-    damping: Damping,
+    methods: Mapping[str, Method],
     rank: int | None,
     tokens_per_batch: int,
 ) -> dict[str, dict[str, LowRank]]:
-    """The same from the queries themselves, by several methods at once.
+    """(G + λI)⁻¹∇f of every layer, truncated to `rank`, by several methods at once.
 
     For EK-FAC a query's tokens are rotated, not its gradient, and each batch is truncated before
     the next: dense matrices of all queries are never in memory together. A layer that a query does
@@ -101,8 +73,7 @@ def prepare_queries(
         model: in evaluation mode.
         layers: the attributed layers.
         queries: prompts and completions.
-        methods: each layer's solver, by the method's name.
-        damping: the rule for λ.
+        methods: by name; a grid of dampings is several.
         rank: of what is kept; None for full rank.
         tokens_per_batch: of one pass.
     """
@@ -112,10 +83,10 @@ def prepare_queries(
     for rows in batches_by_tokens(lengths, tokens_per_batch):
         batch = query_batch([queries[row] for row in rows]).to(parameter.device)
         ios = run_pass(model, layers, batch, log_probability)
-        for method, solvers in methods.items():
+        for method, given in methods.items():
             for name, io in ios.items():
                 solved = _solved(
-                    solvers[name], damping, rank, io.gradient,
+                    given.solvers[name], given.damping, rank, io.gradient,
                     lambda basis, io=io: basis.rotate_gradient(io),
                 )  # fmt: skip
                 into = prepared[method].setdefault(name, solved.zeros(len(queries)))

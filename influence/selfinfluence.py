@@ -5,17 +5,50 @@ is a weighted sum of squares, so no gradient is rotated back.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from influence.capture import LayerIO
 from influence.damping import Damping
 from influence.ekfac import EKFACBlock
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.objectives import training_loss
 from influence.passes import check_finite, run_pass
+
+
+@dataclass
+class SelfInfluence:
+    """∇Lᵀ(G + λI)⁻¹∇L, layer by layer.
+
+    Args:
+        solvers: the EK-FAC of each layer.
+        damping: the rule for λ.
+    """
+
+    solvers: Mapping[str, EKFACBlock]
+    damping: Damping
+    _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def of(self, batch: Batch, layer: Layer, io: LayerIO | None) -> Float[Tensor, " n"]:
+        """Of one layer; 0 where it did not run.
+
+        Raises:
+            NonFiniteSequenceError: naming layer and sequence.
+        """
+        solver = self.solvers[layer.name]
+        if io is None:  # an idle expert
+            return solver.eigenvalues.new_zeros(len(batch.ids))
+        if layer.name not in self._weights:
+            ones = torch.ones_like(solver.eigenvalues)
+            self._weights[layer.name] = solver.solve_rotated(ones, self.damping).flatten()
+        squares = solver.basis.rotate_gradient(io).square_()
+        found = squares.flatten(1) @ self._weights[layer.name]
+        check_finite(found, layer.name, batch)
+        return found
 
 
 def stream_self(
@@ -34,19 +67,10 @@ def stream_self(
     Raises:
         NonFiniteSequenceError: naming layer and sequence, instead of a number that is not finite.
     """
-    weights: dict[str, Tensor] = {}
-    for batch in batches:
-        ios = run_pass(model, layers, batch, training_loss)
-        columns = []
-        for layer in layers:
-            solver = solvers[layer.name]
-            if layer.name not in ios:  # an idle expert
-                columns.append(solver.eigenvalues.new_zeros(len(batch.ids)))
-                continue
-            if layer.name not in weights:
-                ones = torch.ones_like(solver.eigenvalues)
-                weights[layer.name] = solver.solve_rotated(ones, damping).flatten()
-            squares = solver.basis.rotate_gradient(ios[layer.name]).square_()
-            columns.append(squares.flatten(1) @ weights[layer.name])
-            check_finite(columns[-1], layer.name, batch)
-        yield batch.ids, torch.stack(columns, dim=-1)
+    forms = SelfInfluence(solvers, damping)
+
+    def told(batch: Batch, ios: Mapping[str, LayerIO]) -> Float[Tensor, "n l"]:
+        return torch.stack([forms.of(batch, layer, ios.get(layer.name)) for layer in layers], -1)
+
+    for batch in batches:  # no name keeps what a pass captured while the next one runs
+        yield batch.ids, told(batch, run_pass(model, layers, batch, training_loss))

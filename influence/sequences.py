@@ -100,8 +100,11 @@ class TokenBatch:
         return int(self.supervised.sum())
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch on another device."""
-        return TokenBatch(self.ids.to(device), self.tokens.to(device), self.supervised.to(device))
+        """The same batch on another device; a copy to a GPU does not wait for it."""
+        here = (self.ids, self.tokens, self.supervised)
+        if torch.device(device).type == "cuda" and self.ids.device.type == "cpu":
+            here = tuple(tensor.pin_memory() for tensor in here)
+        return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in here))
 
 
 def batches_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -4,13 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from influence.capture import LayerIO
 from influence.eigenbasis import EigenBasis
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.passes import check_finite, pseudo_gradients
+from influence.sums import LongSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +20,8 @@ class Spectrum:
     """Σ_n ((Q_A ⊗ Q_S)ᵀ Dθ_n)² over sequences; Dθ_n is summed over tokens *before* it is squared.
 
     An orthogonal basis keeps norms. So that this is seen at run time, `norm_sum` and
-    `rotated_norm_sum` are ‖Dθ‖² before and after rotation, of the first sequence of every fit that
-    was added up here: of all of them, the norms before would cost a tenth of the fit.
+    `rotated_norm_sum` are ‖ds aᵀ‖² before and after rotation, of one position of every fit that was
+    added up here: of all sequences, the norms before would cost a tenth of the fit.
     """
 
     squared_sum: Float[Tensor, "d_out d_in"]
@@ -34,7 +36,7 @@ class Spectrum:
 
     @property
     def trace_ratio(self) -> float:
-        """‖Dθ‖² after rotation over that before: 1, whatever the gradients are."""
+        """‖ds aᵀ‖² after rotation over that before: 1, whatever the gradients are."""
         return float(self.rotated_norm_sum / self.norm_sum)
 
     def __add__(self, other: "Spectrum") -> "Spectrum":
@@ -55,29 +57,30 @@ def fit_spectra(
 ) -> dict[str, Spectrum]:
     """Λ of every layer from pseudo-gradients, each sequence counting once.
 
-    Sums over batches are kept in float64; `bases` are in the pass's dtype.
+    Sums over batches are those of `LongSum`; `bases` are in the pass's dtype.
 
     Raises:
         NonFiniteSequenceError: naming layer and sequence, if a gradient is not finite.
     """
-    squared: dict[str, Tensor] = {}
+    squared: dict[str, LongSum] = {}
     norms: dict[str, Tensor] = {}  # before and after rotation
+
+    def add(ios: Mapping[str, LayerIO], batch: Batch) -> None:
+        for name, io in ios.items():
+            basis = bases[name]
+            new = basis.rotated_squares(io)
+            if not new.sum().isfinite():
+                check_finite(basis.rotate_gradient(io).sum(dim=(1, 2)), name, batch)
+            if name not in squared:
+                squared[name] = LongSum(basis.d_out, basis.d_in, new)
+                norms[name] = _norms(io, basis)
+            squared[name].open().add_(new)
+
     num_sequences = 0
-    for batch in batches:
-        ios = pseudo_gradients(model, layers, batch, seed)
+    for batch in batches:  # no name keeps what a pass captured while the next one runs
+        add(pseudo_gradients(model, layers, batch, seed), batch)
         # A sequence that does not run a layer has gradient 0 there, and counts in the mean.
         num_sequences += len(batch.ids)
-        for name, io in ios.items():
-            new = bases[name].rotated_squares(io)
-            if not new.isfinite().all():
-                check_finite(bases[name].rotate_gradient(io).sum(dim=(1, 2)), name, batch)
-            if name in squared:
-                squared[name].add_(new)
-                continue
-            squared[name] = new.double()
-            first = io.select(0)
-            pair = [first.gradient().square(), bases[name].rotated_squares(first)]
-            norms[name] = torch.stack([each.sum(dtype=torch.float64) for each in pair])
     if not num_sequences:
         raise ValueError("no batch to fit the spectrum on; give at least one sequence")
     nothing = torch.zeros(2, dtype=torch.float64)
@@ -86,10 +89,20 @@ def fit_spectra(
     )
     return {
         layer.name: Spectrum(
-            squared.get(layer.name, torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64)),
+            squared[layer.name].total()
+            if layer.name in squared
+            else torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64),
             before[layer.name],
             after[layer.name],
             num_sequences,
         )
         for layer in layers
     }
+
+
+def _norms(io: LayerIO, basis: EigenBasis) -> Float64[Tensor, " 2"]:
+    """‖ds [a; 1]ᵀ‖² before and after rotation, of the first sequence's largest output gradient."""
+    t = int(io.ds[0].square().sum(dim=-1).argmax())
+    one = LayerIO(io.a[:1, t : t + 1], io.ds[:1, t : t + 1], io.has_bias)
+    pair = [one.gradient().square(), basis.rotated_squares(one)]
+    return torch.stack([each.sum(dtype=torch.float64) for each in pair])

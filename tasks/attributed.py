@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,14 @@ from influence.layers import Coverage, Layer, find_layers, share_inputs
 from influence.passes import NonFiniteSequenceError
 from influence.sequences import TokenBatch, batches_by_tokens
 from tasks import store
+from tasks.budget import Budget, find_budget, remembered
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.models import model_for_thread
 from tasks.precision import DTYPES
 from tasks.sequences import TokenStore
 from tasks.workspace import StageContext
+
+BUDGET = "tokens_per_batch.json"  # in the folder of a stage's partial results
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +46,25 @@ class PassReference:
     def of(cls, context: StageContext) -> "PassReference":
         """From the params and upstream artefacts of a stage."""
         runtime = context.params.runtime
-        return cls(
+        given, longest = runtime.tokens_per_batch, context.params.tokenize.context
+        reference = cls(
             read_reference(context.artifact("train"), context.root),
             context.artifact("tokenize"),
             context.params.layers,
             resolve_device(runtime.device),
             runtime.dtype,
-            runtime.tokens_per_batch,
+            longest if given == "auto" else given,
         )
+        if given != "auto":
+            return reference
+
+        def find() -> Budget:
+            there = reference.attributed()
+            return find_budget(
+                there.model, there.layers, longest, reference.device, runtime.workers
+            )
+
+        return replace(reference, tokens_per_batch=remembered(context.work / BUDGET, find))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.queries import Query, prepare_queries
-from influence.scores import influence, stream
+from influence.queries import Method, Query, prepare_queries
+from influence.scores import influence
 from influence.statistics import Agreement
+from influence.streaming import stream
 from influence.validation.estimators import fit_curvature
 from tasks import store
 from tasks.attributed import PassReference
@@ -81,8 +82,7 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
         attributed.model,
         attributed.layers,
         queries,
-        {"ekfac": fitted.ekfac},
-        damping_of(context.params),
+        {"ekfac": Method(fitted.ekfac, damping_of(context.params))},
         context.params.query.rank,
         reference.tokens_per_batch,
     )["ekfac"]

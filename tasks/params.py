@@ -106,7 +106,25 @@ class Queries(Section):
 
     path: Text = Field(description="a .jsonl file of queries")
     damping: Damping
+    damping_grid: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)] = Field(
+        description="further ratios λ ÷ mean Λ, scored in the same pass"
+    )
     rank: Count | None = Field(description="rank of a prepared query gradient; null: full")
+
+    @model_validator(mode="after")
+    def _ratios_differ(self) -> "Queries":
+        if len(set(self.damping_grid)) < len(self.damping_grid):
+            raise ValueError(f"damping_grid {list(self.damping_grid)} names a ratio twice")
+        return self
+
+
+class Stream(Section):
+    """What one pass over the candidates tells besides their scores."""
+
+    self_influence: bool = Field(description="of each candidate, on its own log-probability")
+    subspace: Count | None = Field(
+        description="columns of a subspace that all queries share, for many queries; null: exact"
+    )
 
 
 class Score(Section):
@@ -140,7 +158,9 @@ class Runtime(Section):
     address: Text | None = Field(description="of a running cluster; null: workers here")
     workers: Count = Field(description="shards at work at once on a machine")
     gpus_per_task: float = Field(ge=0, description="GPUs that Ray gives to a shard; may be 0.5")
-    tokens_per_batch: Count
+    tokens_per_batch: Count | Literal["auto"] = Field(
+        description="of one pass; auto: as many as the machine's memory and speed allow"
+    )
     shards: int = Field(ge=1, le=MAX_SHARDS, description="parts of a stage's work")
     dtype: Literal["float32", "float64", "bfloat16"]
 
@@ -193,6 +213,7 @@ class RunParams(Section):
     factors: Fit
     correct: Fit
     query: Queries
+    stream: Stream
     score: Score
     validate_: Validate = Field(alias="validate")
     report: Report

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 import influence.queries
-from influence.damping import Damping
+from influence.damping import Damping, RelativeDamping
 from influence.ekfac import EKFACBlock
 from influence.layers import Layer
 from influence.lowrank import LowRank
-from influence.queries import Query
-from influence.solver import GradientDot, LayerSolver
+from influence.queries import Method, Query
+from influence.solver import GradientDot
 from tasks import store
 from tasks.attributed import PassReference
 from tasks.damping import damping_rule
@@ -21,12 +21,22 @@ from tasks.params import RunParams
 from tasks.spectra import read_spectra
 from tasks.workspace import StageContext
 
-EKFAC, GRADIENT_DOT = METHODS = ("ekfac", "gradient_dot")
+EKFAC, GRADIENT_DOT = "ekfac", "gradient_dot"
 
 
 def damping_of(params: RunParams) -> Damping:
     """The rule that `query.damping` names."""
     return damping_rule(params.query.damping)
+
+
+def damping_grid(params: RunParams) -> dict[str, RelativeDamping]:
+    """EK-FAC at further λ, by the method's name: `ekfac@0.01`."""
+    return {f"{EKFAC}@{ratio:g}": RelativeDamping(ratio) for ratio in params.query.damping_grid}
+
+
+def methods_of(params: RunParams) -> tuple[str, ...]:
+    """All methods whose queries a run prepares, in the order of its score shards."""
+    return (EKFAC, GRADIENT_DOT, *damping_grid(params))
 
 
 def prepare_queries(
@@ -38,27 +48,27 @@ def prepare_queries(
 ) -> dict[str, dict[str, LowRank]]:
     """Gradients of all queries, solved by each method and truncated to `rank`."""
     attributed = reference.attributed()
-    solvers: dict[str, Mapping[str, LayerSolver]] = {}
-    for method in methods:
-        if method == EKFAC:
-            solvers[method] = read_solvers(
-                context.artifact("eigen"),
-                context.artifact("correct"),
-                attributed.layers,
-                reference.dtype,
-                reference.device,
-            )
-        else:
-            solvers[method] = {layer.name: GradientDot() for layer in attributed.layers}
+    solvers = run_solvers(context, reference, attributed.layers)
+    dampings = {EKFAC: damping_of(context.params), **damping_grid(context.params)}
+    dots = {layer.name: GradientDot() for layer in attributed.layers}
+    ways = {GRADIENT_DOT: Method(dots, damping_of(context.params))}  # which a dot product ignores
+    ways |= {name: Method(solvers, damping) for name, damping in dampings.items()}
     return influence.queries.prepare_queries(
         attributed.model,
         attributed.layers,
         queries,
-        solvers,
-        damping_of(context.params),
+        {method: ways[method] for method in methods},
         rank,
         reference.tokens_per_batch,
     )
+
+
+def run_solvers(
+    context: StageContext, reference: PassReference, layers: Sequence[Layer]
+) -> dict[str, EKFACBlock]:
+    """The run's EK-FAC, as a pass reads it."""
+    folders = context.artifact("eigen"), context.artifact("correct")
+    return read_solvers(*folders, layers, reference.dtype, reference.device)
 
 
 def write_prepared(path: Path, prepared: Mapping[str, Mapping[str, LowRank]]) -> None:

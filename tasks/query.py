@@ -12,9 +12,9 @@ from tasks.attributed import PassReference
 from tasks.models import load_tokenizer
 from tasks.params import MAX_SHARDS
 from tasks.prepared import (
-    METHODS,
     concatenate,
     damping_of,
+    methods_of,
     prepare_queries,
     write_prepared,
 )
@@ -27,7 +27,7 @@ QUERIES_PER_SHARD = 32  # a dense gradient of every query and layer is in memory
 
 
 def run(context: StageContext) -> None:
-    """Prepare every query by EK-FAC and, as a baseline, by gradient dot product."""
+    """Prepare every query by EK-FAC, at every λ, and by gradient dot product, as a baseline."""
     reference = PassReference.of(context)
     texts = read_queries(context, reference)
     damping = damping_of(context.params)
@@ -52,8 +52,8 @@ def prepare_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     reference = PassReference.of(context)
     texts = read_queries(context, reference)
     chosen = [as_query(texts[item]) for item in shard.items]
-    rank = context.params.query.rank
-    write_prepared(path, prepare_queries(context, reference, chosen, rank, METHODS))
+    rank, methods = context.params.query.rank, methods_of(context.params)
+    write_prepared(path, prepare_queries(context, reference, chosen, rank, methods))
 
 
 def read_queries(context: StageContext, reference: PassReference) -> list[QueryText]:

@@ -22,7 +22,7 @@ from tasks.provenance import header
 from tasks.ranking import Influences, ranks, read_influences
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, shards_of, split
-from tasks.tables import write_scores, write_top
+from tasks.tables import write_scores, write_self_influence, write_top
 from tasks.workspace import StageContext
 
 
@@ -35,7 +35,7 @@ class Pair:
 
 
 def run(context: StageContext) -> None:
-    """Write scores.parquet, top.parquet and summary.json."""
+    """Write scores.parquet, top.parquet, summary.json and, if asked for, self_influence.parquet."""
     reference = PassReference.of(context)
     corpus = store.read_json(context.artifact("tokenize") / "summary.json")
     influences = read_influences(context.artifact("stream"), corpus["num_sequences"])
@@ -45,6 +45,8 @@ def run(context: StageContext) -> None:
     parts = rescore_all(context, pairs, controls, corpus["num_sequences"])
     full = {key: value for part in parts for key, value in store.read_tensors(part).items()}
     write_scores(context, influences, ranks(influences.scores))
+    if influences.self_influence is not None:
+        write_self_influence(context, influences.rows, influences.self_influence)
     write_top(context, reference, influences, pairs, full)
     agreement = full_rank_agreement(influences, full, controls)
     store.write_json(

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
-from influence.scores import stream
+from influence.selfinfluence import SelfInfluence
 from influence.sequences import TokenBatch
+from influence.streaming import stream_all
+from influence.subspace import SharedSubspace
 from tasks import store
 from tasks.attributed import PassReference
-from tasks.prepared import METHODS, read_prepared
+from tasks.prepared import damping_of, methods_of, read_prepared, run_solvers
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.workspace import StageContext
@@ -29,19 +31,40 @@ def run(context: StageContext) -> None:
     store.write_json(
         context.out / "index.json",
         {
-            "methods": list(METHODS),
+            "methods": list(methods_of(context.params)),
             "queries": [query["name"] for query in queries],
             "layers": [layer.name for layer in reference.attributed().layers],
             "num_sequences": len(rows),
             "shards": [part.name for part in parts],
+            "subspace": subspace_lost(context, reference),
         },
     )
 
 
+def subspace_lost(context: StageContext, reference: PassReference) -> dict[str, float] | None:
+    """What the shared subspace leaves out of the queries, by layer; None where all are exact."""
+    columns = context.params.stream.subspace
+    if columns is None:
+        return None
+    prepared, methods = (
+        context.artifact("query") / "prepared.safetensors",
+        methods_of(context.params),
+    )
+    lost = {}
+    for layer in reference.attributed().layers:  # one at a time
+        [query] = read_prepared(
+            prepared, methods, [layer.name], reference.dtype, reference.device
+        ).values()
+        lost[layer.name] = SharedSubspace.of(query, columns).lost
+    return lost
+
+
 def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
-    """Raw scores `methods queries sequences layers` of one shard, rows ascending."""
+    """Raw scores `methods queries sequences layers` of one shard, rows ascending; with them, if it
+    is asked for, self-influence `sequences layers`."""
     reference = PassReference.of(context)
     prepared = context.artifact("query") / "prepared.safetensors"
+    methods = methods_of(context.params)
     seen: list[int] = []
 
     def batches() -> Iterator[TokenBatch]:
@@ -51,10 +74,22 @@ def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
 
     with reference.passes() as attributed:
         names = [layer.name for layer in attributed.layers]
-        queries = read_prepared(prepared, METHODS, names, reference.dtype, reference.device)
-        raw = [part for _, part in stream(attributed.model, attributed.layers, queries, batches())]
+        queries = read_prepared(prepared, methods, names, reference.dtype, reference.device)
+        selves = None
+        if context.params.stream.self_influence:
+            solvers = run_solvers(context, reference, attributed.layers)
+            selves = SelfInfluence(solvers, damping_of(context.params))
+        layers = attributed.layers
+        columns = context.params.stream.subspace
+        told = list(
+            stream_all(attributed.model, layers, queries, batches(), selves=selves, columns=columns)
+        )
     rows, order = torch.tensor(seen).sort()
     # At least float32: a bf16 pass has summed its products in bf16 already, but no more is lost.
-    scores = torch.cat(raw, dim=1).cpu()[:, order]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    store.write_tensors(path, {"rows": rows, "scores": scores.unflatten(0, (len(METHODS), -1))})
+    raw = torch.cat([each.scores for each in told], dim=1).cpu()[:, order]
+    kept = torch.promote_types(raw.dtype, torch.float32)
+    tensors = {"rows": rows, "scores": raw.to(kept).unflatten(0, (len(methods), -1))}
+    own = [each.self_influence for each in told if each.self_influence is not None]
+    if own:
+        tensors["self_influence"] = torch.cat(own).cpu()[order].to(kept)
+    store.write_tensors(path, tensors)

@@ -1,8 +1,8 @@
-"""Tables for programs: scores.parquet (every candidate) and top.parquet (the top, by token)."""
+"""Tables for programs: every candidate's scores and self-influence, and the top by token."""
 
 import json
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.tokens import sparsity
@@ -11,7 +11,7 @@ from tasks.attributed import PassReference
 from tasks.models import load_tokenizer
 from tasks.pieces import decode_pieces
 from tasks.prepared import EKFAC
-from tasks.ranking import Influences
+from tasks.ranking import Influences, ranks
 from tasks.sequences import TokenStore
 from tasks.workspace import StageContext
 
@@ -22,6 +22,13 @@ SCORES = {
     "key": "int64",
     "sequence": "string",
     "influence": "float64",
+    "rank": "int64",
+}
+SELF_INFLUENCE = {
+    "row": "int64",
+    "key": "int64",
+    "sequence": "string",
+    "self_influence": "float64",
     "rank": "int64",
 }
 TOP = {
@@ -63,6 +70,26 @@ def write_scores(
             "rank": places.flatten(),
         },
         SCORES,
+    )
+
+
+def write_self_influence(
+    context: StageContext, rows: Int[Tensor, " n"], own: Float[Tensor, " n"]
+) -> None:
+    """One row a candidate: nats of its own log-probability per extra copy of it."""
+    folder = context.artifact("tokenize") / "sequences.parquet"
+    sequences = store.read_table(folder, ["key", "sequence"])
+    keys, names = sequences["key"].to_pylist(), sequences["sequence"].to_pylist()
+    store.write_table(
+        context.out / "self_influence.parquet",
+        {
+            "row": rows,
+            "key": [keys[row] for row in rows.tolist()],
+            "sequence": [names[row] for row in rows.tolist()],
+            "self_influence": own,
+            "rank": ranks(own.unsqueeze(0))[0],
+        },
+        SELF_INFLUENCE,
     )
 
 

@@ -4,12 +4,14 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from influence.statistics import Agreement
 from tasks import figures, store
 from tasks.attributed import PassReference
 from tasks.baselines import agreements, baseline_scores, write_baselines
 from tasks.halves import split_half
 from tasks.health import layer_health, spectrum_curves
 from tasks.logbook import validation_entry
+from tasks.prepared import EKFAC, damping_grid
 from tasks.ranking import read_influences
 from tasks.recall import filter_recall
 from tasks.tracking import record
@@ -37,6 +39,10 @@ def run(context: StageContext) -> None:
         "low_rank": summary["rescore"],
         "filter": {key: recall[key] for key in ("recall", "low", "high") if key in recall},
         "baselines": {method: asdict(each) for method, each in agreement.items()},
+        "dampings": {
+            method: asdict(Agreement.of(influences.of(EKFAC), influences.of(method), seed))
+            for method in damping_grid(context.params)
+        },
         "layers": {name: health[name] | by_layer.get(name, {}) for name in halves.layers},
     }
     store.write_json(context.out / "metrics.json", metrics)

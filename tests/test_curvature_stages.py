@@ -5,6 +5,7 @@ stories, and its table of scores is compared with dense algebra on the same file
 """
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -33,7 +34,8 @@ STAGES = {
 EXACT = {
     # The two smallest kinds of layers, 2048 weights each: their dense G fits a test.
     "layers": ["model.layers.4.self_attn.k_proj", "model.layers.3.self_attn.v_proj"],
-    "query": SECTIONS["query"] | {"rank": None},
+    "query": SECTIONS["query"] | {"rank": None, "damping_grid": [2.0]},
+    "stream": {"self_influence": True, "subspace": None},
     "runtime": SECTIONS["runtime"] | {"dtype": "float64"},
 }
 
@@ -71,7 +73,10 @@ def scores(folder: Path) -> dict[tuple[str, str, int], float]:
 
 
 def test_every_score_is_the_dense_damped_solve(exact):
-    """−∇fᵀ(G + λI)⁻¹∇L / N, with G = Q Λ Qᵀ dense and the gradients by plain autograd."""
+    """−∇fᵀ(G + λI)⁻¹∇L / N, with G = Q Λ Qᵀ dense and the gradients by plain autograd.
+
+    At every λ of the grid, and of each candidate's own log-probability too.
+    """
     root = exact.parent.parent
     context = stage_context(root, "score", **EXACT)
     model = PassReference.of(context).attributed().model.double().requires_grad_(True)
@@ -84,7 +89,13 @@ def test_every_score_is_the_dense_damped_solve(exact):
     found = scores(exact)
     modules = dict(model.named_modules())
     rows = sorted({row for _, _, row in found})
-    solved: dict[str, list[torch.Tensor]] = {}
+    own = {
+        r["row"]: r["self_influence"]
+        for r in store.read_table(exact / "score/self_influence.parquet").to_pylist()
+    }
+    assert sorted(own) == rows
+    solved: dict[tuple[str, str], list[torch.Tensor]] = {}
+    inverse: dict[str, tuple[torch.Tensor, float]] = {}
     for name, layer in layers.items():
         values = spectra[name].values
         G = oracles.ekfac(
@@ -93,23 +104,44 @@ def test_every_score_is_the_dense_damped_solve(exact):
             values,
         )
         damping = 0.1 * float(values.mean())
-        solved[name] = []
+        inverse[name] = G, damping
+        solved["ekfac", name], solved["ekfac@2", name] = [], []
         for q in queries:
             ids = torch.tensor(q["prompt_tokens"] + q["completion_tokens"])
             supervised = torch.arange(len(ids)) >= len(q["prompt_tokens"])
             f = oracles.log_probability(model, (ids, supervised))
             V = oracles.weight_gradient(f, modules[name])
-            solved[name].append(oracles.damped_solve(G, V, damping))
+            solved["ekfac", name].append(oracles.damped_solve(G, V, damping))
+            solved["ekfac@2", name].append(oracles.damped_solve(G, V, 20 * damping))
     for row in rows[:4]:
         start, end = tokens["offsets"][row : row + 2].tolist()
         ids, supervised = tokens["tokens"][start:end].long(), tokens["supervised"][start:end].bool()
         loss = -oracles.log_probability(model, (ids, supervised))
         gradients = {name: oracles.weight_gradient(loss, modules[name]) for name in layers}
-        for q, described in enumerate(queries):
-            expected = -sum(float((solved[name][q] * gradients[name]).sum()) for name in layers) / (
-                len(tokens["offsets"]) - 1
+        N = len(tokens["offsets"]) - 1
+        for (q, described), method in itertools.product(enumerate(queries), ("ekfac", "ekfac@2")):
+            expected = -sum(
+                float((solved[method, name][q] * gradients[name]).sum()) for name in layers
             )
-            assert found["ekfac", described["name"], row] == pytest.approx(expected, rel=1e-9)
+            assert found[method, described["name"], row] == pytest.approx(expected / N, rel=1e-9)
+        form = sum(
+            float((oracles.damped_solve(inverse[name][0], g, inverse[name][1]) * g).sum())
+            for name, g in gradients.items()
+        )
+        assert own[row] == pytest.approx(form / N, rel=1e-9)
+
+
+def test_a_subspace_that_holds_all_queries_changes_no_score_and_says_what_it_loses(exact, tmp_path):
+    for columns, loses in ((64, False), (1, True)):
+        root = tmp_path / str(columns)
+        root.mkdir()
+        folder = make(root, **EXACT | {"stream": {"self_influence": False, "subspace": columns}})
+        lost = store.read_json(folder / "stream/index.json")["subspace"]
+        assert all((share > 0.01) == loses for share in lost.values())
+        found, wanted = scores(folder), scores(exact)
+        agree = all(value == pytest.approx(wanted[key], rel=1e-8) for key, value in found.items())
+        assert agree != loses
+    assert store.read_json(exact / "stream/index.json")["subspace"] is None
 
 
 def test_the_top_table_adds_up_by_layer_and_by_token(exact):

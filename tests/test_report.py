@@ -521,6 +521,7 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
             {
                 "split_half": {"pearson": 0.7},
                 "layers": {"a": {"trace_ratio": 1.0}, "b": {"trace_ratio": 1.004}},
+                "dampings": {"ekfac@0.01": {"spearman": 0.65}, "ekfac@1": {"spearman": 0.95}},
                 "baselines": {"bm25": {"spearman": 0.1}},
             },
             {"method": "tfidf", "recall": 0.95},
@@ -532,6 +533,7 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
         "Gradients in the eigenbasis": "fair",
         "Low rank against full rank": "fair",
         "Recall of the filter": "good",
+        "Order under another damping": "poor",
         "Against BM25": "note",
     }
 

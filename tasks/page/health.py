@@ -43,6 +43,7 @@ def verdicts(
         _trace(metrics.get("layers")),
         _low_rank(metrics.get("low_rank") or rescore),
         _recall(recall),
+        _dampings(metrics.get("dampings")),
         *_rivals(metrics.get("baselines")),
         _ground_truth(ground_truth),
     )
@@ -149,6 +150,28 @@ def _recall(recall: Mapping[str, Any]) -> Verdict | None:
     return Verdict(
         "Recall of the filter", f"{percent(value, 0)}{_interval(recall, _rounded)}", grade, sentence
     )
+
+
+def _dampings(dampings: Mapping[str, Mapping[str, Any]] | None) -> Verdict | None:
+    """How far the order of the candidates depends on λ, by the λ that changes it most."""
+    if not dampings:
+        return None
+    orders = {method.split("@")[1]: each["spearman"] for method, each in dampings.items()}
+    ratio = min(orders, key=orders.__getitem__)
+    grade = _graded(orders[ratio], 0.9, 0.7)
+    sentence = {
+        "good": "The order of the sequences hardly depends on the damping λ.",
+        "fair": "The order of the sequences depends somewhat on the damping λ, which is a choice.",
+        "poor": "The order of the sequences depends on the damping λ, which is a choice: believe "
+        "only what holds at several.",
+    }[grade]
+    tried = ", ".join(
+        f"{plain(value, 2)} at λ = {ratio} · mean Λ" for ratio, value in orders.items()
+    )
+    return Verdict(
+        "Order under another damping", f"ρ = {plain(orders[ratio], 2)}", grade,
+        f"{sentence} Rank correlation with this run's: {tried}.",
+    )  # fmt: skip
 
 
 def _rivals(baselines: Mapping[str, Any] | None) -> Iterator[Verdict]:

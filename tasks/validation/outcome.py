@@ -1,13 +1,9 @@
 """What a benchmark found: the shape of metrics.json, from which tables and figures are made."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from influence.statistics import Agreement
-from tasks import store
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,22 +147,3 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
-
-
-def read_outcome(file: Path) -> dict[str, Any]:
-    """An outcome as plain values, once it is seen to have the shape of one.
-
-    Raises:
-        ValueError: naming the file, and what it lacks or what is wrong in it.
-    """
-    outcome = store.read_json(file)
-    try:
-        TypeAdapter(Outcome).validate_python(outcome)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{file} is no outcome of a benchmark ({where}: {first['msg']}); run the benchmark "
-            f"again: python -m flows.stage validate {file.stem}"
-        ) from error
-    return outcome

@@ -13,7 +13,6 @@ from typing import Any
 from tasks import store
 from tasks.validation import labels
 from tasks.validation.context import RESULTS
-from tasks.validation.outcome import read_outcome
 from tasks.validation.thresholds import Threshold, judge
 
 PAGE, README = Path("docs/results.md"), Path("README.md")
@@ -34,12 +33,8 @@ SWEEPS = {  # of which a line each, and what is compared there
 
 
 def read(root: Path) -> list[dict[str, Any]]:
-    """Every committed outcome, in the order of the tables.
-
-    Raises:
-        ValueError: naming a file that is no outcome, and what it lacks.
-    """
-    outcomes = {file.stem: read_outcome(file) for file in (root / RESULTS).glob("*.json")}
+    """Every committed outcome, in the order of the tables."""
+    outcomes = {file.stem: store.read_json(file) for file in (root / RESULTS).glob("*.json")}
     return [outcomes[name] for name in labels.in_order(outcomes)]
 
 

@@ -10,12 +10,14 @@ from influence.eigenbasis import EigenBasis, eigendecompose
 from influence.ekfac import EKFACBlock
 from influence.factors import fit_factors
 from influence.layers import Layer
-from influence.queries import Query, prepare, query_gradients
-from influence.scores import influence, stream
+from influence.queries import Query
+from influence.scores import influence
 from influence.sequences import TokenBatch
 from influence.solver import LayerSolver
 from influence.spectrum import fit_spectra
+from influence.streaming import stream
 from tests.influence import models
+from tests.influence.preparing import prepare, query_gradients
 
 QUERIES = [Query("one", (1, 2, 3), (4, 0)), Query("two", (5,), (2, 2, 1))]
 N = 9  # sequences in training; more than are scored here

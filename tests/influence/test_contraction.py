@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from influence.contraction import ByToken, forms_gradients, meet
+from influence import contraction
+from influence.contraction import ByToken, forms_gradients, meet, meet_blockwise
 from influence.lowrank import LowRank
 from tests import oracles
 from tests.influence import models
@@ -43,6 +44,18 @@ def test_tokens_are_the_terms_of_the_sum(has_bias):
     for q, n, t in itertools.product(range(4), range(3), range(io.a.shape[1])):
         a = torch.cat([io.a[n, t], io.a.new_ones(int(has_bias))])
         torch.testing.assert_close(got[q, n, t], io.ds[n, t] @ query.left[q] @ query.right[q] @ a)
+
+
+@pytest.mark.parametrize("cached", [1, 40, 10**6])
+@pytest.mark.parametrize("rank", [2, None])
+def test_a_block_at_a_time_is_the_whole(monkeypatch, cached, rank):
+    monkeypatch.setattr(contraction, "CACHED", cached)
+    monkeypatch.setattr(contraction, "QUERIES", 3)
+    query = matrices(7, 5, 4, rank)
+    gradients = matrices(6, 5, 4, None).dense()
+    wanted = torch.einsum("qoi,noi->qn", query.left @ query.right, gradients)
+    torch.testing.assert_close(meet(query.dense(), gradients), wanted)
+    torch.testing.assert_close(meet_blockwise(query, gradients.split(4)), wanted)
 
 
 def test_few_queries_of_low_rank_go_by_token_and_many_form_gradients():

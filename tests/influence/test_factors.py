@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from influence.factors import BLOCK, Covariance, Factors, fit_factors, second_moment
+from influence.factors import Covariance, Factors, fit_factors
 from influence.layers import share_inputs
 from tests import oracles
 from tests.influence import models
@@ -209,12 +209,3 @@ def test_a_value_that_is_not_finite_above_all_layers_stops_the_fit():
     layers = [layer for layer in models.attributed(model) if layer.name != "head"]
     with pytest.raises(ValueError, match="100"):
         fit_factors(model, layers, [models.batch(models.corpus())], SEED)
-
-
-@pytest.mark.parametrize("width", [3, 1023, 1024, 1300, 1536])
-def test_a_second_moment_by_blocks_is_the_whole_product(width):
-    x = torch.randn(7, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = second_moment(x)
-    torch.testing.assert_close(got, x.mT @ x, rtol=1e-12, atol=1e-12)
-    if width >= 2 * BLOCK:  # halves of one product differ in the last digits
-        assert torch.equal(got[BLOCK:, :BLOCK], got[:BLOCK, BLOCK:].mT)

@@ -13,12 +13,12 @@ from influence.damping import RelativeDamping
 from influence.eigenbasis import EigenBasis, eigendecompose
 from influence.ekfac import EKFACBlock
 from influence.factors import fit_factors
-from influence.queries import prepare, query_gradients
-from influence.scores import stream
 from influence.sequences import TokenBatch, batches_by_tokens
 from influence.spectrum import fit_spectra
+from influence.streaming import stream
 from tests.influence import models
 from tests.influence.attribution import QUERIES
+from tests.influence.preparing import prepare, query_gradients
 
 
 def padded(batch: TokenBatch, columns: int) -> TokenBatch:

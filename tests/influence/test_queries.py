@@ -7,10 +7,11 @@ from influence.damping import AbsoluteDamping, RelativeDamping
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
 from influence.lowrank import LowRank
-from influence.queries import Query, prepare, prepare_queries, query_batch, query_gradients
+from influence.queries import Method, Query, prepare_queries, query_batch
 from influence.solver import GradientDot
 from tests import oracles
 from tests.influence import models
+from tests.influence.preparing import prepare, query_gradients
 
 QUERIES = [
     Query("long prompt", (1, 2, 3, 4), (5, 0)),
@@ -139,12 +140,17 @@ def test_preparing_from_queries_is_preparing_their_gradients(case, tokens_per_ba
             models.orthogonal(number, layer.d_in), models.orthogonal(number + 50, layer.d_out)
         )
         blocks[layer.name] = EKFACBlock(basis, torch.rand(layer.d_out, layer.d_in).double())
-    methods = {"ekfac": blocks, "dot": {layer.name: GradientDot() for layer in layers}}
-    gradients, damping = query_gradients(model, layers, QUERIES, 1000), RelativeDamping(0.1)
-    got = prepare_queries(model, layers, QUERIES, methods, damping, rank, tokens_per_batch)
-    assert list(got) == ["ekfac", "dot"]
-    for method, solvers in methods.items():
-        wanted = prepare(gradients, solvers, damping, rank)
+    some, other = RelativeDamping(0.1), AbsoluteDamping(0.3)
+    methods = {
+        "ekfac": Method(blocks, some),
+        "dot": Method({layer.name: GradientDot() for layer in layers}, some),
+        "damped": Method(blocks, other),
+    }
+    gradients = query_gradients(model, layers, QUERIES, 1000)
+    got = prepare_queries(model, layers, QUERIES, methods, rank, tokens_per_batch)
+    assert list(got) == ["ekfac", "dot", "damped"]
+    for method, given in methods.items():
+        wanted = prepare(gradients, given.solvers, given.damping, rank)
         assert set(got[method]) == set(wanted)
         for name, query in wanted.items():
             assert got[method][name].rank == query.rank

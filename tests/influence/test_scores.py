@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from influence import contraction
 from influence.contraction import forms_gradients
 from influence.lowrank import LowRank
-from influence.scores import TopK, influence, stream
+from influence.scores import TopK, influence
+from influence.streaming import stream
 from tests import oracles
 from tests.influence import models
 

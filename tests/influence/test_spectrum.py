@@ -48,7 +48,7 @@ def test_the_spectrum_is_the_oracles_for_the_labels_drawn(case):
 
 @pytest.mark.parametrize("case", models.CASES)
 def test_the_eigenvalues_sum_to_the_mean_squared_norm_of_the_gradients(case):
-    """The norms are kept of the first sequence, before rotation and after."""
+    """Of the first sequence's largest output gradient, norms before and after are kept."""
     model, sequences = models.CASES[case](), models.corpus()
     layers = models.attributed(model)
     batches = [models.batch(sequences[:3]), models.batch(sequences[3:], [103])]
@@ -60,8 +60,11 @@ def test_the_eigenvalues_sum_to_the_mean_squared_norm_of_the_gradients(case):
             for z, drawn in zip(sequences, labels, strict=True)
         ]
         got = spectra[layer.name]
-        torch.testing.assert_close(got.norm_sum, norms[0])
-        torch.testing.assert_close(got.rotated_norm_sum, norms[0])
+        a, ds = oracles.layer_io(model, layer.module, sequences[0], labels[0])
+        largest = ds.square().sum(dim=1).argmax()
+        wanted = ds[largest].square().sum() * a[largest].square().sum()
+        torch.testing.assert_close(got.norm_sum, wanted)
+        torch.testing.assert_close(got.rotated_norm_sum, wanted)
         torch.testing.assert_close(got.values.sum(), torch.stack(norms).mean())
 
 

@@ -12,12 +12,14 @@ from influence.ekfac import EKFACBlock, kfac_eigenvalues
 from influence.factors import Covariance
 from influence.layers import find_layers, share_inputs
 from influence.lowrank import LowRank
-from influence.queries import Query, prepare, query_gradients
-from influence.scores import influence, stream
+from influence.queries import Query
+from influence.scores import influence
 from influence.solver import GradientDot
+from influence.streaming import stream
 from tests import oracles
 from tests.influence import models
 from tests.influence.attribution import QUERIES, N, fit, query_sequence, score
+from tests.influence.preparing import prepare, query_gradients
 
 
 def dense_curvature(model, layers, sequences) -> list[tuple[torch.Tensor, float]]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from influence.scores import influence, stream
+from influence.scores import influence
+from influence.streaming import stream
 from influence.tokens import TokenGrid, rescore, sparsity, token_grids
 from tests import oracles
 from tests.influence import models

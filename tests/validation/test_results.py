@@ -97,15 +97,6 @@ def test_a_file_without_markers_is_an_error_and_one_that_is_not_there_is_not(che
     assert (checkout / results.PAGE).read_text() == "no markers"
 
 
-def test_an_outcome_of_another_shape_is_named_with_what_it_lacks(checkout):
-    broken = as_json("energy")
-    del broken["methods"]["ekfac"]["fit_seconds"]
-    (checkout / results.RESULTS / "energy.json").write_text(json.dumps(broken))
-    [told] = results.check(checkout)
-    assert "energy.json is no outcome of a benchmark (methods.ekfac.fit_seconds" in told
-    assert told.endswith("python -m flows.stage validate energy")
-
-
 def test_without_outcomes_nothing_is_claimed(checkout):
     shutil.rmtree(checkout / results.RESULTS)
     results.write(checkout)

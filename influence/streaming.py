@@ -1,0 +1,174 @@
+"""One backward over the candidates, and all that is wanted of it: scores, own influence, tokens."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from influence.capture import LayerIO
+from influence.contraction import ByToken, Contractions, Waiting
+from influence.examples import Batch
+from influence.layers import Layer
+from influence.lowrank import LowRank
+from influence.objectives import training_loss
+from influence.passes import check_finite, run_pass
+from influence.scores import TopK
+from influence.selfinfluence import SelfInfluence
+
+MEMORY = 2**31
+Grids = Mapping[tuple[int, int], Float[Tensor, "l t"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one backward over a batch told, all of it raw: no sign is turned, nothing divided by N.
+
+    Attributes:
+        ids: of the batch's sequences.
+        scores: ⟨V_q, ∇L(z_n)⟩ of each layer, in the dtype of the pass; over layers they add up to
+            the score of the sequence.
+        self_influence: ∇Lᵀ(G + λI)⁻¹∇L of each layer; None if it was not asked for.
+        grids: by (query, id), the score by layer and position, of the sequences that were among
+            the highest or lowest of a query so far.
+    """
+
+    ids: Int[Tensor, " n"]
+    scores: Float[Tensor, "q n l"]
+    self_influence: Float[Tensor, "n l"] | None
+    grids: Grids
+
+
+def stream(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    prepared: Mapping[str, LowRank],
+    batches: Iterable[Batch],
+    memory: int = MEMORY,
+    columns: int | None = None,
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "q n l"]]]:
+    """Ids and raw scores alone; see `stream_all`."""
+    for told in stream_all(model, layers, prepared, batches, memory, columns=columns):
+        yield told.ids, told.scores
+
+
+def stream_all(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    prepared: Mapping[str, LowRank],
+    batches: Iterable[Batch],
+    memory: int = MEMORY,
+    selves: SelfInfluence | None = None,
+    top: int = 0,
+    columns: int | None = None,
+) -> Iterator[Told]:
+    """What is wanted of each batch, from one forward and backward; dampings are more queries.
+
+    Args:
+        model: in evaluation mode.
+        layers: the attributed layers.
+        prepared: the queries of each layer.
+        batches: the candidates.
+        memory: bytes for dense matrices of many queries, and for gradients that wait to meet them.
+        selves: if self-influence is wanted.
+        top: token grids are told of the so many highest and lowest of each query so far.
+        columns: of a subspace that all queries share (`SharedSubspace`); None: exact.
+
+    Raises:
+        NonFiniteSequenceError: naming layer and sequence, instead of a score that is not finite.
+    """
+    contractions = Contractions(prepared, memory, columns)
+    tokens = _TopTokens(layers, prepared, top)
+    held: list[_Held] = []
+
+    def begun(batch: Batch, ios: Mapping[str, LayerIO]) -> _Held:
+        by_layer: list[Tensor | Waiting] = []
+        for layer in layers:
+            if layer.name in ios:
+                by_layer.append(contractions.begin(layer, ios[layer.name]))
+            else:  # an idle expert: no gradient, no influence
+                left = prepared[layer.name].left
+                by_layer.append(left.new_zeros(len(left), len(batch.ids)))
+        own = None
+        if selves is not None:
+            each = [selves.of(batch, layer, ios.get(layer.name)) for layer in layers]
+            own = torch.stack(each, dim=-1)
+        return _Held(batch, by_layer, own, ios if top else {})
+
+    for batch in batches:  # no name keeps what a pass captured while the next one runs
+        held.append(begun(batch, run_pass(model, layers, batch, training_loss)))
+        waits = any(isinstance(each, Waiting) for each in held[-1].columns)
+        if not waits or sum(len(each.batch.ids) for each in held) >= contractions.window:
+            yield from _finished(contractions, layers, held, tokens)
+            held.clear()
+    yield from _finished(contractions, layers, held, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A batch of which not everything is told."""
+
+    batch: Batch
+    columns: list[Tensor | Waiting]
+    self_influence: Float[Tensor, "n l"] | None
+    ios: Mapping[str, LayerIO]  # only where tokens are wanted
+
+
+def _finished(
+    contractions: Contractions,
+    layers: Sequence[Layer],
+    held: Sequence[_Held],
+    tokens: "_TopTokens",
+) -> Iterator[Told]:
+    """What the batches held tell, once all that waits has met the queries."""
+    for at, layer in enumerate(layers):
+        waiting = [one for each in held if isinstance(one := each.columns[at], Waiting)]
+        if waiting:
+            found = contractions.finish(layer.name, waiting)
+            parts = iter(found.split([len(each.gradients) for each in waiting], dim=1))
+            for each in held:
+                if isinstance(each.columns[at], Waiting):
+                    each.columns[at] = next(parts)
+    for each in held:
+        raw = torch.stack([c for c in each.columns if isinstance(c, Tensor)], dim=-1)
+        if not raw.isfinite().all():
+            for at, layer in enumerate(layers):
+                check_finite(raw[..., at].sum(dim=0), layer.name, each.batch)
+        yield Told(each.batch.ids, raw, each.self_influence, tokens.of(each, raw))
+
+
+@dataclass
+class _TopTokens:
+    """Token grids of the sequences that enter the highest or lowest of a query."""
+
+    layers: Sequence[Layer]
+    prepared: Mapping[str, LowRank]
+    top: int
+    _best: tuple[TopK, TopK] | None = field(default=None, init=False)
+
+    def of(self, held: _Held, raw: Float[Tensor, "q n l"]) -> Grids:
+        if not self.top:
+            return {}
+        ids, scores = held.batch.ids, raw.double().sum(dim=-1)
+        new = TopK.of(ids, scores, self.top), TopK.of(ids, -scores, self.top)
+        if self._best is not None:
+            new = new[0].merge(self._best[0]), new[1].merge(self._best[1])
+        self._best = new
+        entered = torch.cat([each.ids for each in new], dim=1)  # of each query
+        here = {int(number): row for row, number in enumerate(ids)}
+        return {
+            (q, number): self._grid(held, q, here[number])
+            for q, numbers in enumerate(entered.tolist())
+            for number in sorted(set(numbers) & here.keys())
+        }
+
+    def _grid(self, held: _Held, query: int, row: int) -> Float[Tensor, "l t"]:
+        rows = []
+        for layer in self.layers:
+            if layer.name in held.ios:
+                one = ByToken.of(self.prepared[layer.name].select([query]), layer.has_bias)
+                rows.append(one.tokens(held.ios[layer.name].select(row))[0, 0])
+            else:  # an idle expert
+                rows.append(self.prepared[layer.name].left.new_zeros(held.batch.inputs.shape[1]))
+        return torch.stack(rows)

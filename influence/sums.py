@@ -1,0 +1,76 @@
+"""Long sums of matrices: products are added in place, and what has gathered is kept in float64.
+
+Turning every product into float64 would cost more memory traffic than the products do work.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CARRY = 16  # additions in the dtype of the pass; rounding grows with them, traffic falls
+BLOCK = 512  # columns of a product; narrower ones are slower for each multiplication
+
+
+class LongSum:
+    """Σ of matrices of one shape; `open()` is where to add in place.
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        like: a tensor of the pass. Sums are taken in its dtype, in float32 at least.
+    """
+
+    def __init__(self, rows: int, columns: int, like: Tensor) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self._gathered = torch.zeros(rows, columns, dtype=dtype, device=like.device)
+        self._total: Tensor | None = None
+        self._additions = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what can be added."""
+        return self._gathered.dtype
+
+    def open(self) -> Float[Tensor, "rows columns"]:
+        """Room for one addition: the caller adds to it in place."""
+        if self._additions >= CARRY:
+            self._carry()
+        self._additions += 1
+        return self._gathered
+
+    def total(self) -> Float[Tensor, "rows columns"]:
+        """The sum in float64."""
+        self._carry()
+        assert self._total is not None
+        return self._total
+
+    def _carry(self) -> None:
+        if self._total is None:
+            self._total = self._gathered.double()
+            if self._total is self._gathered:  # a float64 pass
+                self._gathered = torch.zeros_like(self._total)
+                self._additions = 0
+                return
+        else:
+            self._total.add_(self._gathered)
+        self._gathered.zero_()
+        self._additions = 0
+
+
+def add_upper_moment(into: Float[Tensor, "d d"], x: Float[Tensor, "s d"]) -> None:
+    """Add xᵀx in place, of which only blocks on and above the diagonal are multiplied out."""
+    for rows in _blocks(x.shape[1]):
+        into[rows, rows.start :].addmm_(x[:, rows].mT, x[:, rows.start :])
+
+
+def mirror(upper: Float[Tensor, "d d"]) -> None:
+    """Make symmetric in place what `add_upper_moment` has added to."""
+    for rows in _blocks(len(upper)):
+        square, below = upper[rows, rows], slice(rows.stop, None)
+        upper[rows, rows] = (square + square.mT) / 2  # equal but for rounding
+        upper[below, rows] = upper[rows, below].mT
+
+
+def _blocks(width: int) -> list[slice]:
+    size = BLOCK if width >= 2 * BLOCK else width
+    return [slice(start, min(start + size, width)) for start in range(0, width, size)]

@@ -1,0 +1,54 @@
+"""Long sums lose nothing to the pass's dtype, and half a symmetric product is the whole."""
+
+import pytest
+import torch
+
+from influence.sums import BLOCK, CARRY, LongSum, add_upper_moment, mirror
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("width", [3, 1023, 1024, 1300, 1536])
+def test_a_second_moment_by_blocks_is_the_whole_product(width):
+    x = random(7, width)
+    into = torch.zeros(width, width, dtype=torch.float64)
+    add_upper_moment(into, x[:4])
+    add_upper_moment(into, x[4:])
+    if width >= 2 * BLOCK:
+        assert not into[BLOCK : 2 * BLOCK, :BLOCK].any()  # not multiplied out
+    mirror(into)
+    assert torch.equal(into, into.mT)
+    torch.testing.assert_close(into, x.mT @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [1, CARRY, CARRY + 1, 3 * CARRY + 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_long_sum_is_the_sum(number, dtype):
+    parts = random(number, 3, 2, dtype=dtype)
+    total = LongSum(3, 2, parts)
+    for part in parts:
+        total.open().add_(part)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert total.total().dtype == torch.float64
+    torch.testing.assert_close(total.total(), parts.double().sum(0), rtol=0, atol=tolerance)
+    total.open().add_(parts[0])  # it can go on after it was read
+    wanted = parts.double().sum(0) + parts[0].double()
+    torch.testing.assert_close(total.total(), wanted, rtol=0, atol=tolerance)
+
+
+def test_small_terms_survive_beside_a_large_sum():
+    """In float32 alone, 1 added to 2²⁴ is lost every time."""
+    total = LongSum(1, 1, torch.zeros(1, dtype=torch.float32))
+    total.open().add_(2.0**24)
+    for _ in range(10 * CARRY):
+        total.open().add_(1.0)
+    assert float(total.total()) - 2**24 >= 9 * CARRY
+
+
+def test_a_half_precision_pass_is_summed_in_float32():
+    total = LongSum(1, 1, torch.zeros(1, dtype=torch.bfloat16))
+    assert total.dtype == torch.float32
