@@ -23,6 +23,7 @@ FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 CANCELLING = "CANCELLING"  # its worker will say how that ended
 MESSAGE = "the process ended and did not say how"
 TIMEOUT = 10.0
+LATER = (1.0, 2.0, 4.0, 8.0)  # the server learns of task runs from a queue: some after the end
 BUSY, DELAYS = 503, (0.5, 1.0, 2.0, 4.0, 8.0)  # what a server says whose SQLite is busy
 
 
@@ -53,23 +54,36 @@ def main(arguments: list[str]) -> None:
     api_url, flow_run, *server = arguments
     sys.stdin.buffer.read()
     with contextlib.suppress(OSError, ValueError):  # no server any more, nothing to tell
-        close_open_runs(api_url.rstrip("/"), flow_run)
+        close_open_runs(api_url.rstrip("/"), flow_run, LATER[:1] if server else LATER)
     for pid in server:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGTERM)
 
 
-def close_open_runs(api_url: str, flow_run: str) -> None:
-    """Set a flow run and its task runs to `Crashed` where they are not final."""
+def close_open_runs(api_url: str, flow_run: str, later: tuple[float, ...] = ()) -> None:
+    """Set a flow run and its task runs to `Crashed` where they are not final.
+
+    Args:
+        api_url: of the Prefect server.
+        flow_run: its id.
+        later: seconds between further looks at the task runs, for those that were not yet known.
+    """
     state = (_call(f"{api_url}/flow_runs/{flow_run}").get("state") or {}).get("type")
     if state in FINAL:
         return
+    _close_open_tasks(api_url, flow_run)
+    if state != CANCELLING:
+        _crash(f"{api_url}/flow_runs/{flow_run}")
+    for delay in later:
+        time.sleep(delay)
+        _close_open_tasks(api_url, flow_run)
+
+
+def _close_open_tasks(api_url: str, flow_run: str) -> None:
     asked = {"flow_runs": {"id": {"any_": [flow_run]}}}
     for task in _call(f"{api_url}/task_runs/filter", asked):
         if task["state_type"] not in FINAL:
             _crash(f"{api_url}/task_runs/{task['id']}")
-    if state != CANCELLING:
-        _crash(f"{api_url}/flow_runs/{flow_run}")
 
 
 def _crash(run: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flows.witness import FINAL
 from tasks import store
 from tests.checkout import (
     HOLD,
@@ -247,7 +248,11 @@ def test_a_stage_that_is_killed_is_shown_as_crashed_below_the_task_that_failed(c
     child = next(each for each in flows if each["name"] == "train@smoke")
     task = next(each for each in tasks if each["id"] == child["parent_task_run_id"])
     assert task["flow_run_id"] == pipeline["id"]
-    assert not [each["name"] for each in tasks if each["state_type"] in ("RUNNING", "PENDING")]
+
+    def still_open() -> list[str]:
+        return [each["name"] for each in new("task") if each["state_type"] not in FINAL]
+
+    wait_for(lambda: not still_open(), 30, "every task run to be final")
 
 
 def test_a_pipeline_without_a_server_leaves_none_behind_when_it_is_killed(undisturbed, expected):
