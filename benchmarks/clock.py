@@ -38,7 +38,11 @@ class Ratio:
 
 
 def ratios(
-    unit: Work, works: Mapping[str, Work], repeats: int, warm_up: bool = True
+    unit: Work,
+    works: Mapping[str, Work],
+    repeats: int,
+    warm_up: bool = True,
+    told: Callable[[str, float], object] = lambda name, ratio: None,
 ) -> dict[str, Ratio]:
     """Each work against the unit, which runs before and after it: the machine's speed drifts.
 
@@ -47,6 +51,7 @@ def ratios(
         works: what is measured, in turn, once each repeat.
         repeats: how often.
         warm_up: run everything once, uncounted, before.
+        told: hears of each ratio as soon as it is measured.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     for number in range(-warm_up, repeats):
@@ -58,6 +63,7 @@ def ratios(
             before = after
             if number >= 0:
                 found[name].append(taken / work.num_tokens / one)
+                told(name, found[name][-1])
     return {name: Ratio(tuple(each)) for name, each in found.items()}
 
 

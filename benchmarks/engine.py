@@ -53,7 +53,10 @@ def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, 
     works = ours(setting, names)
     if peer is not None:
         works |= {f"{PEER}{name}": work for name, work in peer.works(names).items()}
-    found = clock.ratios(unit(setting), works, given.repeats)
+    found = clock.ratios(
+        unit(setting), works, given.repeats,
+        told=lambda name, ratio: print(f"{name}: {ratio:.3f}", file=sys.stderr, flush=True),
+    )  # fmt: skip
     for name in names:
         line: dict[str, Any] = {"phase": name, **_told(found[name], "fb")}
         if theirs := found.get(PEER + name):

@@ -124,7 +124,8 @@ class Contractions:
     columns: int | None = None
     window: float = field(init=False)
     """Sequences that may wait at once; without end where all dense matrices fit and stay."""
-    _ready: dict[str, ByToken | SharedSubspace] = field(default_factory=dict, init=False)
+    _by_token: dict[str, ByToken] = field(default_factory=dict, init=False)
+    _shared: dict[str, SharedSubspace] = field(default_factory=dict, init=False)
     _dense: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -136,18 +137,25 @@ class Contractions:
         """⟨V_q, Σ_t ds [a; 1]ᵀ⟩ where it can be had at once."""
         query = self.prepared[layer.name]
         if self.columns is not None:
-            if layer.name not in self._ready:
-                self._ready[layer.name] = SharedSubspace.of(query, self.columns)
-            return self._ready[layer.name](io)
-        if not forms_gradients(query, io.a.shape[1], self.window):
-            if layer.name not in self._ready:
-                self._ready[layer.name] = ByToken.of(query, layer.has_bias)
-            return self._ready[layer.name](io)
+            if layer.name not in self._shared:
+                self._shared[layer.name] = SharedSubspace.of(query, self.columns)
+            return self._shared[layer.name](io)
+        if (by_token := self.by_token(layer, io)) is not None:
+            return by_token(io)
         if self.window < float("inf"):
             return Waiting(io.gradient())
         if layer.name not in self._dense:
             self._dense[layer.name] = query.dense()
         return meet(self._dense[layer.name], io.gradient())
+
+    def by_token(self, layer: Layer, io: LayerIO) -> ByToken | None:
+        """The layer's queries for going token by token; None where another form is cheaper."""
+        query = self.prepared[layer.name]
+        if self.columns is not None or forms_gradients(query, io.a.shape[1], self.window):
+            return None
+        if layer.name not in self._by_token:
+            self._by_token[layer.name] = ByToken.of(query, layer.has_bias)
+        return self._by_token[layer.name]
 
     def finish(self, name: str, waiting: Sequence[Waiting]) -> Float[Tensor, "q n"]:
         """What waited at a layer with all queries, some queries at a time."""

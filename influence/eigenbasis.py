@@ -82,23 +82,28 @@ class EigenBasis:
         if self.rotates_inputs_first(num_positions):
             G = ds.mT @ self._rotated_inputs(io)
         else:
-            G = LayerIO(io.a, ds, io.has_bias).gradient() @ self.Q_A
+            G = _product(LayerIO(io.a, ds, io.has_bias).gradient(), self.Q_A)
         return G if outputs_first else self.Q_S.mT @ G
 
-    def rotated_squares(self, io: LayerIO) -> Float[Tensor, "{self.d_out} {self.d_in}"]:
-        """Σ_n (Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A)², squared entry by entry.
+    def add_rotated_squares(
+        self, into: Float[Tensor, "{self.d_out} {self.d_in}"], io: LayerIO
+    ) -> None:
+        """Add Σ_n (Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A)² in place, squared entry by entry.
 
         A sum of one term has a square that factors: of sequences of a single position no gradient
         is formed.
         """
         if io.a.shape[1] > 1:
-            return self.rotate_gradient(io).square_().sum(dim=0)
+            for rotated in self.rotate_gradient(io).to(into.dtype):
+                into.addcmul_(rotated, rotated)  # one pass over memory, where squares take three
+            return
         inputs, outputs = self._rotated_inputs(io), io.ds @ self.Q_S
-        return outputs[:, 0].square_().mT @ inputs[:, 0].square_()
+        squares = (side[:, 0].to(into.dtype).square_() for side in (outputs, inputs))
+        into.addmm_(next(squares).mT, next(squares))
 
     def _rotated_inputs(self, io: LayerIO) -> Float[Tensor, "n t {self.d_in}"]:
         """[a; 1]ᵀ Q_A of every position."""
-        inputs = io.a @ self.Q_A[: io.a.shape[2]]
+        inputs = _product(io.a, self.Q_A[: io.a.shape[2]])
         return inputs.add_(self.Q_A[-1]) if io.has_bias else inputs
 
     def rotates_inputs_first(self, num_positions: int) -> bool:
@@ -120,3 +125,11 @@ class EigenBasis:
     def to(self, dtype: torch.dtype, device: torch.device | str) -> "EigenBasis":
         """The same basis in the dtype and on the device of a pass."""
         return EigenBasis(self.Q_A.to(device, dtype), self.Q_S.to(device, dtype))
+
+
+def _product(x: Float[Tensor, "n m k"], Q: Float[Tensor, "k d"]) -> Float[Tensor, "n m d"]:
+    """x Q. The one column more that a bias makes is multiplied apart: rows that begin off the cache
+    lines' bounds made the product of 2049 columns a third slower than that of 2048."""
+    if Q.shape[1] % 16 != 1 or Q.shape[1] < 16:
+        return x @ Q
+    return torch.cat([x @ Q[:, :-1], x @ Q[:, -1:]], dim=-1)

@@ -121,7 +121,7 @@ class _Moment:
 def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Float[Tensor, "s o"]]:
     """Rows of `a` and `ds` at the positions that carry a loss; all those of an image do."""
     if isinstance(batch, TokenBatch):
-        return io.a[batch.loss_positions], io.ds[batch.loss_positions]
+        return batch.rows(io.a), batch.rows(io.ds)
     return io.a.flatten(0, 1), io.ds.flatten(0, 1)
 
 

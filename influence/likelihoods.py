@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
+
+CLASSES = 64  # of a block, of which a draw sees the sum first
 
 
 @runtime_checkable
@@ -53,10 +55,18 @@ class Softmax:
 
     def sample(self, outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Tensor:
         """A class for each row."""
-        # Inverse transform in float64: rounding must not move a draw over a boundary.
-        cumulative = outputs.double().softmax(dim=-1).cumsum(dim=-1)
-        drawn = torch.searchsorted(cumulative, uniform[:, :1], right=True).squeeze(-1)
-        return drawn.clamp(max=outputs.shape[-1] - 1)
+        # Inverse transform with sums in float64: rounding must not move a draw over a boundary.
+        # First a block of classes is drawn and then a class of it, so that not every class is
+        # turned into float64.
+        outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
+        weights = (outputs - outputs.amax(dim=-1, keepdim=True)).exp_()
+        if missing := -weights.shape[-1] % CLASSES:
+            weights = nn.functional.pad(weights, (0, missing))
+        blocks = weights.unflatten(-1, (-1, CLASSES))
+        block, within = _draw(blocks.sum(dim=-1), uniform[:, :1])
+        inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, CLASSES))[:, 0]
+        drawn = block * CLASSES + _draw(inside, within)[0]
+        return drawn.squeeze(-1).clamp(max=outputs.shape[-1] - 1)
 
     def num_uniforms(self, num_outputs: int) -> int:
         """One, however many classes."""
@@ -107,3 +117,14 @@ class Gaussian:
     ) -> Float[Tensor, " m"]:
         """½‖ŷ − ŷ_before‖²."""
         return (outputs - before).square().sum(dim=-1) / 2
+
+
+def _draw(
+    weights: Float[Tensor, "m c"], uniform: Float64[Tensor, "m 1"]
+) -> tuple[Int[Tensor, "m 1"], Float64[Tensor, "m 1"]]:
+    """A place in proportion to its weight, and where in [0, 1) of that place the uniform fell."""
+    ends = weights.double().cumsum(dim=-1)
+    wanted = uniform * ends[:, -1:]
+    place = torch.searchsorted(ends, wanted, right=True).clamp(max=ends.shape[1] - 1)
+    weight = weights.gather(1, place).double()
+    return place, 1 - (ends.gather(1, place) - wanted) / weight

@@ -35,6 +35,19 @@ def check_finite(numbers: Float[Tensor, " n"], layer: str, batch: Batch) -> None
         raise NonFiniteSequenceError(layer, int(batch.ids[row]))
 
 
+def check_finite_layers(
+    numbers: Float[Tensor, "n l"], layers: Sequence[Layer], batch: Batch
+) -> None:
+    """The same for numbers of all layers: one look at them all, since each makes a GPU wait.
+
+    Raises:
+        NonFiniteSequenceError: naming the layer and its first sequence.
+    """
+    if not numbers.isfinite().all():
+        for layer, each in zip(layers, numbers.unbind(dim=-1), strict=True):
+            check_finite(each, layer.name, batch)
+
+
 def run_pass(
     model: nn.Module, layers: Sequence[Layer], batch: Batch, objective: Objective
 ) -> dict[str, LayerIO]:

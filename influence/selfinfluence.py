@@ -17,7 +17,7 @@ from influence.ekfac import EKFACBlock
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.objectives import training_loss
-from influence.passes import check_finite, run_pass
+from influence.passes import check_finite_layers, run_pass
 
 
 @dataclass
@@ -34,11 +34,7 @@ class SelfInfluence:
     _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def of(self, batch: Batch, layer: Layer, io: LayerIO | None) -> Float[Tensor, " n"]:
-        """Of one layer; 0 where it did not run.
-
-        Raises:
-            NonFiniteSequenceError: naming layer and sequence.
-        """
+        """Of one layer, whether finite or not; 0 where it did not run."""
         solver = self.solvers[layer.name]
         if io is None:  # an idle expert
             return solver.eigenvalues.new_zeros(len(batch.ids))
@@ -46,8 +42,18 @@ class SelfInfluence:
             ones = torch.ones_like(solver.eigenvalues)
             self._weights[layer.name] = solver.solve_rotated(ones, self.damping).flatten()
         squares = solver.basis.rotate_gradient(io).square_()
-        found = squares.flatten(1) @ self._weights[layer.name]
-        check_finite(found, layer.name, batch)
+        return squares.flatten(1) @ self._weights[layer.name]
+
+    def of_all(
+        self, batch: Batch, layers: Sequence[Layer], ios: Mapping[str, LayerIO]
+    ) -> Float[Tensor, "n l"]:
+        """Of every layer.
+
+        Raises:
+            NonFiniteSequenceError: naming layer and sequence.
+        """
+        found = torch.stack([self.of(batch, each, ios.get(each.name)) for each in layers], dim=-1)
+        check_finite_layers(found, layers, batch)
         return found
 
 
@@ -68,9 +74,5 @@ def stream_self(
         NonFiniteSequenceError: naming layer and sequence, instead of a number that is not finite.
     """
     forms = SelfInfluence(solvers, damping)
-
-    def told(batch: Batch, ios: Mapping[str, LayerIO]) -> Float[Tensor, "n l"]:
-        return torch.stack([forms.of(batch, layer, ios.get(layer.name)) for layer in layers], -1)
-
     for batch in batches:  # no name keeps what a pass captured while the next one runs
-        yield batch.ids, told(batch, run_pass(model, layers, batch, training_loss))
+        yield batch.ids, forms.of_all(batch, layers, run_pass(model, layers, batch, training_loss))

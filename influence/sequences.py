@@ -75,8 +75,9 @@ class TokenBatch:
         return self.loss_positions.nonzero(as_tuple=True)[0]
 
     def rows(self, outputs: Float[Tensor, "n t v"]) -> Float[Tensor, "m v"]:
-        """The outputs that carry a loss; the others are left out before the softmax."""
-        return outputs[self.loss_positions.nonzero(as_tuple=True)]
+        """The rows of positions that carry a loss; the others are left out before any product."""
+        # Several times faster than a mask, forward and backward.
+        return outputs.flatten(0, 1).index_select(0, self.loss_positions.flatten().nonzero()[:, 0])
 
     def row_labels(self, labels: Shaped[Tensor, "n t"]) -> Shaped[Tensor, " m"]:
         """The labels of those rows, or whatever else belongs to the token that each predicts."""

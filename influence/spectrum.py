@@ -62,47 +62,54 @@ def fit_spectra(
     Raises:
         NonFiniteSequenceError: naming layer and sequence, if a gradient is not finite.
     """
-    squared: dict[str, LongSum] = {}
-    norms: dict[str, Tensor] = {}  # before and after rotation
-
-    def add(ios: Mapping[str, LayerIO], batch: Batch) -> None:
-        for name, io in ios.items():
-            basis = bases[name]
-            new = basis.rotated_squares(io)
-            if not new.sum().isfinite():
-                check_finite(basis.rotate_gradient(io).sum(dim=(1, 2)), name, batch)
-            if name not in squared:
-                squared[name] = LongSum(basis.d_out, basis.d_in, new)
-                norms[name] = _norms(io, basis)
-            squared[name].open().add_(new)
-
+    squares = _Squares(bases)
     num_sequences = 0
     for batch in batches:  # no name keeps what a pass captured while the next one runs
-        add(pseudo_gradients(model, layers, batch, seed), batch)
+        squares.add(pseudo_gradients(model, layers, batch, seed), batch)
         # A sequence that does not run a layer has gradient 0 there, and counts in the mean.
         num_sequences += len(batch.ids)
     if not num_sequences:
         raise ValueError("no batch to fit the spectrum on; give at least one sequence")
-    nothing = torch.zeros(2, dtype=torch.float64)
-    before, after = (
-        {layer.name: norms.get(layer.name, nothing)[at] for layer in layers} for at in (0, 1)
-    )
-    return {
-        layer.name: Spectrum(
-            squared[layer.name].total()
-            if layer.name in squared
-            else torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64),
-            before[layer.name],
-            after[layer.name],
-            num_sequences,
-        )
-        for layer in layers
-    }
+    return {layer.name: squares.spectrum(layer, num_sequences) for layer in layers}
+
+
+class _Squares:
+    """Σ of squares of each layer, as it grows."""
+
+    def __init__(self, bases: Mapping[str, EigenBasis]) -> None:
+        self._bases = bases
+        self._sums: dict[str, LongSum] = {}
+        self._norms: dict[str, Tensor] = {}  # before and after rotation
+
+    def add(self, ios: Mapping[str, LayerIO], batch: Batch) -> None:
+        """A batch more."""
+        totals: dict[str, Tensor] = {}
+        for name, io in ios.items():
+            basis = self._bases[name]
+            if name not in self._sums:
+                self._sums[name] = LongSum(basis.d_out, basis.d_in, io.a)
+                self._norms[name] = _norms(io, basis)
+            into = self._sums[name].open()
+            basis.add_rotated_squares(into, io)
+            totals[name] = into.sum()
+        # One look at all layers: each would make a GPU wait.
+        if totals and not torch.stack(list(totals.values())).isfinite().all():
+            for name in totals:
+                G = self._bases[name].rotate_gradient(ios[name])
+                check_finite(G.square().sum(dim=(1, 2)), name, batch)
+
+    def spectrum(self, layer: Layer, num_sequences: int) -> Spectrum:
+        """Of one layer; a layer that never ran (an idle expert) has gradient 0."""
+        if layer.name not in self._sums:
+            zero = torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64)
+            return Spectrum(zero, zero.new_zeros(()), zero.new_zeros(()), num_sequences)
+        before, after = self._norms[layer.name]
+        return Spectrum(self._sums[layer.name].total(), before, after, num_sequences)
 
 
 def _norms(io: LayerIO, basis: EigenBasis) -> Float64[Tensor, " 2"]:
     """‖ds [a; 1]ᵀ‖² before and after rotation, of the first sequence's largest output gradient."""
     t = int(io.ds[0].square().sum(dim=-1).argmax())
     one = LayerIO(io.a[:1, t : t + 1], io.ds[:1, t : t + 1], io.has_bias)
-    pair = [one.gradient().square(), basis.rotated_squares(one)]
-    return torch.stack([each.sum(dtype=torch.float64) for each in pair])
+    pair = [one.gradient(), basis.rotate_gradient(one)]
+    return torch.stack([each.double().square().sum() for each in pair])

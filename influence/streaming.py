@@ -13,7 +13,7 @@ from influence.examples import Batch
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
-from influence.passes import check_finite, run_pass
+from influence.passes import check_finite_layers, run_pass
 from influence.scores import TopK
 from influence.selfinfluence import SelfInfluence
 
@@ -82,23 +82,11 @@ def stream_all(
     tokens = _TopTokens(layers, prepared, top)
     held: list[_Held] = []
 
-    def begun(batch: Batch, ios: Mapping[str, LayerIO]) -> _Held:
-        by_layer: list[Tensor | Waiting] = []
-        for layer in layers:
-            if layer.name in ios:
-                by_layer.append(contractions.begin(layer, ios[layer.name]))
-            else:  # an idle expert: no gradient, no influence
-                left = prepared[layer.name].left
-                by_layer.append(left.new_zeros(len(left), len(batch.ids)))
-        own = None
-        if selves is not None:
-            each = [selves.of(batch, layer, ios.get(layer.name)) for layer in layers]
-            own = torch.stack(each, dim=-1)
-        return _Held(batch, by_layer, own, ios if top else {})
-
-    for batch in batches:  # no name keeps what a pass captured while the next one runs
-        held.append(begun(batch, run_pass(model, layers, batch, training_loss)))
-        waits = any(isinstance(each, Waiting) for each in held[-1].columns)
+    for batch in batches:
+        ios = run_pass(model, layers, batch, training_loss)
+        held.append(_begun(contractions, layers, batch, ios, selves, top > 0))
+        del ios  # what a pass captured must not stay while the next one runs
+        waits = any(isinstance(each, Waiting) for each in held[-1].by_layer)
         if not waits or sum(len(each.batch.ids) for each in held) >= contractions.window:
             yield from _finished(contractions, layers, held, tokens)
             held.clear()
@@ -107,12 +95,44 @@ def stream_all(
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A batch of which not everything is told."""
+    """A batch of which not everything is told.
+
+    Where tokens are wanted, a layer is in `tokens`, whose tokens met the queries one by one, or in
+    `ios`, whose tokens will do so for those sequences alone that turn out to be at the top.
+    """
 
     batch: Batch
-    columns: list[Tensor | Waiting]
+    by_layer: list[Tensor | Waiting]
     self_influence: Float[Tensor, "n l"] | None
-    ios: Mapping[str, LayerIO]  # only where tokens are wanted
+    tokens: Mapping[str, Float[Tensor, "q n t"]]
+    ios: Mapping[str, LayerIO]
+
+
+def _begun(
+    contractions: Contractions,
+    layers: Sequence[Layer],
+    batch: Batch,
+    ios: Mapping[str, LayerIO],
+    selves: SelfInfluence | None,
+    wants_tokens: bool,
+) -> _Held:
+    by_layer: list[Tensor | Waiting] = []
+    tokens: dict[str, Tensor] = {}
+    unmet: dict[str, LayerIO] = {}
+    for layer in layers:
+        io = ios.get(layer.name)
+        if io is None:  # an idle expert: no gradient, no influence
+            left = contractions.prepared[layer.name].left
+            by_layer.append(left.new_zeros(len(left), len(batch.ids)))
+        elif wants_tokens and (by_token := contractions.by_token(layer, io)) is not None:
+            tokens[layer.name] = by_token.tokens(io)
+            by_layer.append(tokens[layer.name].sum(dim=-1))
+        else:
+            by_layer.append(contractions.begin(layer, io))
+            if wants_tokens:
+                unmet[layer.name] = io
+    own = None if selves is None else selves.of_all(batch, layers, ios)
+    return _Held(batch, by_layer, own, tokens, unmet)
 
 
 def _finished(
@@ -123,18 +143,16 @@ def _finished(
 ) -> Iterator[Told]:
     """What the batches held tell, once all that waits has met the queries."""
     for at, layer in enumerate(layers):
-        waiting = [one for each in held if isinstance(one := each.columns[at], Waiting)]
+        waiting = [one for each in held if isinstance(one := each.by_layer[at], Waiting)]
         if waiting:
             found = contractions.finish(layer.name, waiting)
             parts = iter(found.split([len(each.gradients) for each in waiting], dim=1))
             for each in held:
-                if isinstance(each.columns[at], Waiting):
-                    each.columns[at] = next(parts)
+                if isinstance(each.by_layer[at], Waiting):
+                    each.by_layer[at] = next(parts)
     for each in held:
-        raw = torch.stack([c for c in each.columns if isinstance(c, Tensor)], dim=-1)
-        if not raw.isfinite().all():
-            for at, layer in enumerate(layers):
-                check_finite(raw[..., at].sum(dim=0), layer.name, each.batch)
+        raw = torch.stack([one for one in each.by_layer if isinstance(one, Tensor)], dim=-1)
+        check_finite_layers(raw.sum(dim=0), layers, each.batch)
         yield Told(each.batch.ids, raw, each.self_influence, tokens.of(each, raw))
 
 
@@ -166,7 +184,9 @@ class _TopTokens:
     def _grid(self, held: _Held, query: int, row: int) -> Float[Tensor, "l t"]:
         rows = []
         for layer in self.layers:
-            if layer.name in held.ios:
+            if layer.name in held.tokens:
+                rows.append(held.tokens[layer.name][query, row])
+            elif layer.name in held.ios:
                 one = ByToken.of(self.prepared[layer.name].select([query]), layer.has_bias)
                 rows.append(one.tokens(held.ios[layer.name].select(row))[0, 0])
             else:  # an idle expert

@@ -71,7 +71,10 @@ def test_unrotation_undoes_rotation_for_any_number_of_leading_axes():
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize(("t", "i", "o"), [(1, 5, 6), (4, 9, 3), (4, 3, 9), (40, 3, 4)])
+@pytest.mark.parametrize(
+    ("t", "i", "o"),
+    [(1, 5, 6), (4, 9, 3), (4, 3, 9), (40, 3, 4), (3, 16, 5), (9, 16, 5)],  # 17 columns: in parts
+)
 def test_rotating_a_sequence_gradient_is_the_same_in_every_order(t, i, o, has_bias):
     """Each side rotates the tokens of a short sequence, and the sum of a long one."""
     io = models.random_io(0, t=t, i=i, o=o, has_bias=has_bias)
@@ -91,7 +94,9 @@ def test_squares_of_rotated_gradients_are_summed_over_sequences_and_not_over_tok
     io = models.random_io(0, n=5, t=t, i=3, o=4, has_bias=has_bias)
     frame = basis(3 + has_bias, 4)
     wanted = torch.stack([frame.rotate(gradient) for gradient in io.gradient()]).square().sum(0)
-    torch.testing.assert_close(frame.rotated_squares(io), wanted)
+    sums = torch.ones_like(wanted)
+    frame.add_rotated_squares(sums, io)
+    torch.testing.assert_close(sums, wanted + 1)
 
 
 def test_all_four_orders_are_among_the_cases_above():

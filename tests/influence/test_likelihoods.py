@@ -88,6 +88,22 @@ def test_classes_are_drawn_as_often_as_the_model_says():
     assert Softmax().num_uniforms(4) == 1
 
 
+@pytest.mark.parametrize("num_classes", [63, 64, 65, 200])
+def test_a_class_is_drawn_where_the_cumulative_sum_passes_the_uniform(num_classes):
+    """However the classes are grouped; and none of those that the model excludes."""
+    logits = normal(0, 300, num_classes) * 3
+    logits[:, ::7] = -math.inf
+    uniform = torch.rand(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = Softmax().sample(logits, uniform)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    wanted = (cumulative <= uniform).sum(-1)
+    assert torch.equal(drawn, wanted)
+    assert (drawn % 7 != 0).all()
+    for end in (0.0, 1 - 2.0**-53):
+        ends = Softmax().sample(logits.float(), torch.full((300, 1), end, dtype=torch.float64))
+        assert (ends % 7 != 0).all()
+
+
 def test_values_are_drawn_around_the_outputs_with_unit_variance():
     n, means = 40_000, torch.tensor([3.0, -1.0], dtype=torch.float64)
     uniform = torch.rand(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

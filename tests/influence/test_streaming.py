@@ -77,8 +77,10 @@ def told_of_top(model, layers: tuple[Layer, ...], batches, memory: int, top: int
 
 
 @pytest.mark.parametrize("memory", [SMALL, 2**31])
+@pytest.mark.parametrize("forms", [True, False])
 @pytest.mark.parametrize("case", models.CASES)
-def test_token_grids_of_the_top_come_with_the_scores(case, memory):
+def test_token_grids_of_the_top_come_with_the_scores(monkeypatch, case, forms, memory):
+    monkeypatch.setattr("influence.contraction.forms_gradients", lambda *_: forms)
     model, sequences = models.CASES[case](), models.corpus()
     layers = models.attributed(model)
     batches = [models.batch([z], [100 + n]) for n, z in enumerate(sequences)]
