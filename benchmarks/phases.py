@@ -176,11 +176,11 @@ def shared_lost(setting: Setting, num_queries: int = 64) -> float:
 
 def disk_mib(setting: Setting) -> dict[str, float]:
     """Size of what the stages would write: A and S, their eigenvectors, Λ."""
-    eigens = {
-        f"{side}/{name}": eigendecompose(covariance.value, name)
+    eigens = (
+        (f"{side}/{name}", eigendecompose(covariance.value, name))
         for side, each in (("A", setting.factors.inputs), ("S", setting.factors.outputs))
         for name, covariance in each.items()
-    }
+    )
     with TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in ("factors", "eigen", "spectra")}
         write_factors(files["factors"], setting.factors, torch.float32)

@@ -68,6 +68,8 @@ class Capture:
                     "leave this layer out of `layers`"
                 )
         names = list(self._outputs)
+        if not names:  # of these layers none ran: idle experts
+            return {}
         gradients = torch.autograd.grad(
             objective,
             [self._outputs[name] for name in names],

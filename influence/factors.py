@@ -80,9 +80,11 @@ def fit_factors(
                     inputs[group] = _Moment(a, layer.has_bias)
                 inputs[group].add(a)
 
+    num_batches = 0
     for batch in batches:  # no name keeps what a pass captured while the next one runs
         add(pseudo_gradients(model, layers, batch, seed), batch)
-    if not outputs:
+        num_batches += 1
+    if not num_batches:
         raise ValueError("no batch to fit the Kronecker factors on; give at least one sequence")
     return Factors(
         {group: moment.covariance() for group, moment in inputs.items()},

@@ -1,6 +1,6 @@
 """Which layers are attributed, which are left out and why."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -159,6 +159,30 @@ def share_inputs(
         else layer
         for layer in layers
     )
+
+
+def layer_groups(
+    layers: Sequence[Layer], size: Callable[[Sequence[Layer]], int], memory: int
+) -> list[tuple[Layer, ...]]:
+    """As many layers at a time as a budget holds, in their order; one that is larger is alone.
+
+    Layers with one input stay together, so that what they share is made once.
+
+    Args:
+        layers: of one model.
+        size: what layers want together.
+        memory: the budget, in the unit of `size`.
+    """
+    sharing: dict[str, list[Layer]] = {}
+    for layer in layers:
+        sharing.setdefault(layer.input_group, []).append(layer)
+    groups: list[tuple[Layer, ...]] = []
+    for together in sharing.values():
+        if groups and size([*groups[-1], *together]) <= memory:
+            groups[-1] += tuple(together)
+        else:
+            groups.append(tuple(together))
+    return groups
 
 
 def _window(layer: Layer) -> tuple[object, ...]:

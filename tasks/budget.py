@@ -58,14 +58,20 @@ def find_budget(
         workers: passes that share the memory.
     """
     kind = torch.device(device).type
-    on_gpu = kind == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    on_gpu, free = kind == "cuda", free_bytes(device)
     each = max(1, _held_bytes(model, layers, _probe(length, 1, device)) // length)
     fits = int(SHARE * free / workers / each)
     tokens = min(ENOUGH.get(kind, ENOUGH["cpu"]), max(length, 2 ** max(0, fits.bit_length() - 1)))
     while on_gpu and tokens > length and not _runs(model, layers, length, tokens, device):
         tokens //= 2
     return Budget(max(tokens, 1), each, free)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free where passes run."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _probe(length: int, count: int, device: str) -> TokenBatch:

@@ -16,8 +16,10 @@ def run(context: StageContext) -> None:
     factors = context.artifact("factors") / "factors.safetensors"
     shards = shards_of(spread(factors, context.params.runtime.shards))
     parts = map_shards(context, decompose_shard, shards, items="factors")
-    merged = {name: tensor for part in parts for name, tensor in store.read_tensors(part).items()}
-    store.write_tensors(context.out / "eigen.safetensors", merged)
+    merged = (
+        (name, store.read_tensor(part, name)) for part in parts for name in store.tensor_names(part)
+    )
+    store.write_tensors_in_turn(context.out / "eigen.safetensors", merged)
 
 
 def decompose_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
@@ -25,7 +27,7 @@ def decompose_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     factors = context.artifact("factors") / "factors.safetensors"
     names = covariance_names(factors)
     chosen = (names[item] for item in shard.counted())
-    eigens = {name: eigendecompose(read_covariance(factors, name).value, name) for name in chosen}
+    eigens = ((name, eigendecompose(read_covariance(factors, name).value, name)) for name in chosen)
     write_eigens(path, eigens, dtype_at_rest(context.params))
 
 

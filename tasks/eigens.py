@@ -1,6 +1,6 @@
 """Eigendecompositions on disk: eigenvalues and eigenvectors of one factor at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +11,15 @@ from influence.layers import Layer
 from tasks import store
 
 
-def write_eigens(path: Path, eigens: Mapping[str, Eigen], dtype: torch.dtype) -> None:
+def write_eigens(path: Path, eigens: Iterable[tuple[str, Eigen]], dtype: torch.dtype) -> None:
     """Eigenvalues in float64 and eigenvectors (columns) in `dtype`, by factor name."""
-    tensors: dict[str, Tensor] = {}
-    for name, eigen in eigens.items():
-        tensors[f"{name}/values"] = eigen.values
-        tensors[f"{name}/vectors"] = eigen.vectors.to(dtype)
-    store.write_tensors(path, tensors)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, eigen in eigens:
+            yield f"{name}/values", eigen.values
+            yield f"{name}/vectors", eigen.vectors.to(dtype)
+
+    store.write_tensors_in_turn(path, tensors())
 
 
 def read_eigen(folder: Path, name: str) -> Eigen:

@@ -1,14 +1,16 @@
 """Stage `factors`: Kronecker factors A and S of every layer, from pseudo-gradients."""
 
-from functools import reduce
-from operator import add
+from collections.abc import Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from influence.factors import fit_factors
 from influence.layers import Coverage, Layer
 from tasks import store
-from tasks.attributed import PassReference
-from tasks.kronecker import read_factors, write_factors
+from tasks.attributed import Attributed, PassReference
+from tasks.kronecker import add_factors, factor_tensors
+from tasks.layergroups import factor_bytes, passes_by_group
 from tasks.precision import dtype_at_rest
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
@@ -25,15 +27,15 @@ def run(context: StageContext) -> None:
     shards = shards_of(tokens.shard_rows(rows, context.params.runtime.shards))
     parts = map_shards(context, fit_shard, shards)
     # In the order of the shards and in float64, so that the sum does not depend on the workers.
-    factors = reduce(add, map(read_factors, parts))
-    write_factors(context.out / "factors.safetensors", factors, dtype_at_rest(context.params))
+    file = context.out / "factors.safetensors"
+    num_tokens = add_factors(parts, file, dtype_at_rest(context.params))
     store.write_json(
         context.out / "layers.json",
         {
             "layers": [layer_fields(layer) for layer in attributed.layers],
             "coverage": coverage_fields(attributed.coverage),
             "num_sequences": len(rows),
-            "num_tokens": max(part.num_tokens for part in factors.outputs.values()),
+            "num_tokens": num_tokens,
         },
     )
 
@@ -41,11 +43,14 @@ def run(context: StageContext) -> None:
 def fit_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Sums of one shard's sequences."""
     reference = PassReference.of(context)
-    batches = reference.batches(shard.items, shard.tick)
     seed = context.params.factors.seed
+
+    def fitted(attributed: Attributed) -> Iterator[tuple[str, Tensor]]:
+        for layers, batches in passes_by_group(context, reference, attributed, shard, factor_bytes):
+            yield from factor_tensors(fit_factors(attributed.model, layers, batches, seed))
+
     with reference.passes() as attributed:
-        factors = fit_factors(attributed.model, attributed.layers, batches, seed)
-    write_factors(path, factors)
+        store.write_tensors_in_turn(path, fitted(attributed))
 
 
 def layer_fields(layer: Layer) -> dict[str, str | int | bool]:

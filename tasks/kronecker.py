@@ -1,6 +1,9 @@
 """Kronecker factors on disk: one sum a factor, read one at a time."""
 
 import math
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import torch
@@ -13,12 +16,42 @@ from tasks import store
 
 def write_factors(path: Path, factors: Factors, dtype: torch.dtype = torch.float64) -> None:
     """Sums and counts of A (by input group) and S (by layer); of a symmetric matrix, one half."""
-    tensors: dict[str, Tensor] = {}
+    store.write_tensors_in_turn(path, factor_tensors(factors, dtype))
+
+
+def factor_tensors(
+    factors: Factors, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[str, Tensor]]:
+    """What is written of factors."""
     for side, covariances in (("A", factors.inputs), ("S", factors.outputs)):
         for name, covariance in covariances.items():
-            tensors[f"{side}/{name}/upper"] = packed(covariance.sum.to(dtype))
-            tensors[f"{side}/{name}/num_tokens"] = torch.tensor(covariance.num_tokens)
-    store.write_tensors(path, tensors)
+            yield f"{side}/{name}/upper", packed(covariance.sum.to(dtype))
+            yield f"{side}/{name}/num_tokens", torch.tensor(covariance.num_tokens)
+
+
+def add_factors(parts: Sequence[Path], path: Path, dtype: torch.dtype) -> int:
+    """Write the sum of files, one factor in memory at a time, added in their order in float64.
+
+    Returns:
+        The number of tokens of the layer that most went through.
+    """
+    most = 0
+    holders: dict[str, list[Path]] = {}  # a layer that a part never ran (an idle expert) is absent
+    for part in parts:
+        for name in covariance_names(part):
+            holders.setdefault(name, []).append(part)
+
+    def sums() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for name, files in sorted(holders.items()):
+            uppers = (store.read_tensor(file, f"{name}/upper") for file in files)
+            yield f"{name}/upper", reduce(add, uppers).to(dtype)
+            num_tokens = sum(int(store.read_tensor(file, f"{name}/num_tokens")) for file in files)
+            yield f"{name}/num_tokens", torch.tensor(num_tokens)
+            most = max(most, num_tokens)
+
+    store.write_tensors_in_turn(path, sums())
+    return most
 
 
 def read_factors(path: Path) -> Factors:

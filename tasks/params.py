@@ -161,6 +161,7 @@ class Runtime(Section):
     tokens_per_batch: Count | Literal["auto"] = Field(
         description="of one pass; auto: as many as the machine's memory and speed allow"
     )
+    layer_memory: Annotated[float, Field(gt=0)] | Literal["auto"]  # GiB of a worker, layergroups.py
     shards: int = Field(ge=1, le=MAX_SHARDS, description="parts of a stage's work")
     dtype: Literal["float32", "float64", "bfloat16"]
 

@@ -1,6 +1,7 @@
 """Prepared queries on disk: (G + λI)⁻¹∇f of each method, query and layer, as low-rank factors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from tasks import store
 from tasks.attributed import PassReference
 from tasks.damping import damping_rule
 from tasks.eigens import read_bases
+from tasks.layergroups import layer_memory
 from tasks.params import RunParams
-from tasks.spectra import read_spectra
+from tasks.spectra import read_spectrum
 from tasks.workspace import StageContext
 
 EKFAC, GRADIENT_DOT = "ekfac", "gradient_dot"
@@ -63,12 +65,55 @@ def prepare_queries(
     )
 
 
+@dataclass
+class StoredSolvers(Mapping[str, EKFACBlock]):
+    """The EK-FAC of each layer, read when it is asked for; kept while the memory suffices.
+
+    Args:
+        eigen: the folder of that stage.
+        correct: the folder of that stage.
+        layers: whose solvers these are.
+        dtype: of a pass.
+        device: of a pass.
+        memory: bytes to keep them in. On a CPU what is read is the file itself, mapped.
+    """
+
+    eigen: Path
+    correct: Path
+    layers: Sequence[Layer]
+    dtype: torch.dtype
+    device: str
+    memory: int
+    _held: dict[str, EKFACBlock] = field(default_factory=dict, init=False)
+
+    def __getitem__(self, name: str) -> EKFACBlock:
+        if name in self._held:
+            return self._held[name]
+        [layer] = [each for each in self.layers if each.name == name]
+        basis = read_bases(self.eigen, [layer], self.dtype, self.device)[name]
+        spectrum = read_spectrum(self.correct / "spectrum.safetensors", name)
+        block = EKFACBlock(basis, spectrum.values.to(self.device, self.dtype))
+        one = basis.Q_A.nbytes + basis.Q_S.nbytes + block.eigenvalues.nbytes
+        if one <= self.memory:
+            self._held[name] = block
+            self.memory -= one
+        return block
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([layer.name for layer in self.layers])
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
 def run_solvers(
     context: StageContext, reference: PassReference, layers: Sequence[Layer]
-) -> dict[str, EKFACBlock]:
+) -> StoredSolvers:
     """The run's EK-FAC, as a pass reads it."""
-    folders = context.artifact("eigen"), context.artifact("correct")
-    return read_solvers(*folders, layers, reference.dtype, reference.device)
+    return StoredSolvers(
+        context.artifact("eigen"), context.artifact("correct"), layers,
+        reference.dtype, reference.device, layer_memory(context.params.runtime, reference.device),
+    )  # fmt: skip
 
 
 def write_prepared(path: Path, prepared: Mapping[str, Mapping[str, LowRank]]) -> None:
@@ -99,15 +144,3 @@ def concatenate(parts: Sequence[Path], path: Path) -> None:
     store.write_tensors(
         path, {name: torch.cat([store.read_tensor(part, name) for part in parts]) for name in names}
     )
-
-
-def read_solvers(
-    eigen: Path, correct: Path, layers: Sequence[Layer], dtype: torch.dtype, device: str
-) -> dict[str, EKFACBlock]:
-    """The EK-FAC solver of each layer, from the folders of `eigen` and `correct`."""
-    bases = read_bases(eigen, layers, dtype, device)
-    spectra = read_spectra(correct / "spectrum.safetensors")
-    return {
-        layer.name: EKFACBlock(bases[layer.name], spectra[layer.name].values.to(device, dtype))
-        for layer in layers
-    }

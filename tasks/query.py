@@ -20,7 +20,7 @@ from tasks.prepared import (
 )
 from tasks.querysets import QueryText, load_queries
 from tasks.shards import ShardRef, map_shards, split
-from tasks.spectra import read_spectra
+from tasks.spectra import read_spectrum, spectrum_names
 from tasks.workspace import StageContext
 
 QUERIES_PER_SHARD = 32  # a dense gradient of every query and layer is in memory at once
@@ -35,10 +35,13 @@ def run(context: StageContext) -> None:
     parts = map_shards(context, prepare_shard, shards, items="queries")
     concatenate(parts, context.out / "prepared.safetensors")
     store.write_json(context.out / "queries.json", describe(texts, reference))
-    spectra = read_spectra(context.artifact("correct") / "spectrum.safetensors")
+    spectrum = context.artifact("correct") / "spectrum.safetensors"
     store.write_json(
         context.out / "damping.json",
-        {name: damping.of(spectrum.values) for name, spectrum in spectra.items()},
+        {
+            name: damping.of(read_spectrum(spectrum, name).values)
+            for name in spectrum_names(spectrum)
+        },
     )
 
 

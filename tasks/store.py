@@ -11,11 +11,12 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:  # torch and pyarrow are slow to import, and many a door needs
 
 CHUNK = 1 << 20
 METADATA = "metadata"  # one key holding JSON: safetensors writes several keys in random order
+DTYPES = {  # as the format of safetensors calls them
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 ADVICE = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some space there",
@@ -93,6 +98,53 @@ def write_tensors(
     header = {METADATA: json.dumps(metadata or {}, sort_keys=True, allow_nan=False)}
     with atomic(path) as hidden:
         save_file(plain, hidden, metadata=header)
+
+
+def write_tensors_in_turn(path: Path, tensors: Iterable[tuple[str, "Tensor"]]) -> None:
+    """Write tensors as they come, so that no two need be in memory together.
+
+    The largest numbers come first in the file, as in `save_file`: all are aligned that way.
+    """
+    parts: dict[int, BinaryIO] = {}
+    headers: dict[int, dict[str, dict[str, Any]]] = {}
+    with atomic(path) as hidden, ExitStack() as open_files:
+        for name, tensor in tensors:
+            plain = tensor.detach().cpu().contiguous()
+            size = plain.dtype.itemsize
+            if size not in parts:  # a file without a name: gone however this ends
+                parts[size] = open_files.enter_context(tempfile.TemporaryFile(dir=path.parent))
+                headers[size] = {}
+            start = parts[size].tell()
+            _write_numbers(parts[size], plain)
+            headers[size][name] = {
+                "dtype": DTYPES[str(plain.dtype).removeprefix("torch.")],
+                "shape": list(plain.shape),
+                "data_offsets": [start, parts[size].tell()],
+            }
+        _join(hidden, [(headers[size], parts[size]) for size in sorted(parts, reverse=True)])
+
+
+def _write_numbers(file: BinaryIO, tensor: "Tensor") -> None:
+    import torch
+
+    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _join(path: Path, parts: Sequence[tuple[Mapping[str, dict[str, Any]], BinaryIO]]) -> None:
+    """A header of all parts, then what they hold."""
+    header: dict[str, Any] = {"__metadata__": {METADATA: "{}"}}
+    start = 0
+    for entries, file in parts:
+        for name, entry in entries.items():
+            header[name] = entry | {"data_offsets": [start + at for at in entry["data_offsets"]]}
+        start += file.tell()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as whole:
+        whole.write(len(text).to_bytes(8, "little") + text)
+        for _, file in parts:
+            file.seek(0)
+            shutil.copyfileobj(file, whole, CHUNK)
 
 
 def _own(tensor: "Tensor") -> "Tensor":

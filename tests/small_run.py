@@ -31,6 +31,7 @@ SECTIONS: dict[str, Any] = {
         "workers": 2,
         "gpus_per_task": 0,
         "tokens_per_batch": 256,
+        "layer_memory": "auto",
         "shards": 3,
         "dtype": "float32",
     },

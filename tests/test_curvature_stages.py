@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from influence.layers import Layer
 from tasks import correct, eigen, factors, filter, query, score, store, stream, tokenize, train
 from tasks.attributed import PassReference
 from tasks.eigens import read_eigen
 from tasks.kronecker import read_factors
+from tasks.prepared import StoredSolvers
 from tasks.spectra import read_spectra
 from tests import oracles
 from tests.small_run import ROOT, SECTIONS, run_stage, stage_context, write_lines
@@ -183,7 +186,9 @@ def test_tokens_of_the_top_table_join_into_the_text_of_the_story(single):
 
 
 @pytest.mark.parametrize(
-    "runtime", [{"shards": 1}, {"tokens_per_batch": 64}, {"workers": 3}], ids=str
+    "runtime",
+    [{"shards": 1}, {"tokens_per_batch": 64}, {"workers": 3}, {"layer_memory": 1e-4}],
+    ids=str,
 )
 def test_runtime_changes_no_score_beyond_rounding(single, tmp_path, runtime):
     other = make(tmp_path, runtime=SECTIONS["runtime"] | runtime)
@@ -270,3 +275,18 @@ def test_a_broken_weight_is_reported_with_layer_and_sequence(single, tmp_path):
     with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj.*NaN.*sequence 'ts-\d"):
         factors.run(stage_context(tmp_path, "factors", **sections))
     assert not (tmp_path / "artifacts/small/factors").exists()
+
+
+def test_solvers_that_memory_does_not_hold_are_read_anew_and_are_the_same(single):
+    fields = store.read_json(single / "factors/layers.json")["layers"]
+    layers = [Layer(**each, module=nn.Identity()) for each in fields]
+    folders = single / "eigen", single / "correct"
+    roomy, tight = (
+        StoredSolvers(*folders, layers, torch.float32, "cpu", memory) for memory in (2**30, 0)
+    )
+    assert list(roomy) == list(tight) == [layer.name for layer in layers]
+    for name in roomy:
+        assert roomy[name] is roomy[name]
+        assert tight[name] is not tight[name]
+        assert torch.equal(roomy[name].eigenvalues, tight[name].eigenvalues)
+        assert torch.equal(roomy[name].basis.Q_A, tight[name].basis.Q_A)

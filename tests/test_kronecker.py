@@ -6,6 +6,7 @@ import torch
 from influence.factors import Covariance, Factors
 from tasks import store
 from tasks.kronecker import (
+    add_factors,
     covariance_names,
     covariance_size,
     packed,
@@ -60,3 +61,20 @@ def test_one_factor_is_read_without_the_others(tmp_path, factors):
     got = read_covariance(path, "S/mlp.gate")
     assert torch.equal(got.sum, factors.outputs["mlp.gate"].sum.float())
     assert store.tensor_shape(path, "S/mlp.gate/upper") == (21,)
+
+
+def test_files_are_added_factor_by_factor_and_a_layer_that_one_never_ran_counts_as_zero(
+    tmp_path, factors
+):
+    fewer = Factors(factors.inputs, {"mlp.gate": factors.outputs["mlp.gate"]})
+    parts = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    write_factors(parts[0], factors)
+    write_factors(parts[1], fewer)
+    most = add_factors(parts, tmp_path / "sum.safetensors", torch.float64)
+    found, wanted = read_factors(tmp_path / "sum.safetensors"), factors + fewer
+    assert most == 14
+    for got, sums in ((found.inputs, wanted.inputs), (found.outputs, wanted.outputs)):
+        assert got.keys() == sums.keys()
+        for name in got:
+            assert torch.equal(got[name].sum, sums[name].sum)
+            assert got[name].num_tokens == sums[name].num_tokens

@@ -198,3 +198,42 @@ def test_the_digest_of_a_folder_tells_content_and_names(tmp_path):
     assert folder("2", {"b/c": "y", "a": "x"}) == one
     assert folder("3", {"a": "x", "b/c": "z"}) != one
     assert folder("4", {"a": "x", "c": "y"}) != one
+
+
+def test_tensors_written_in_turn_are_read_as_any_others(tmp_path):
+    """Of all sizes of numbers, mixed, so that none would be aligned by chance."""
+    wanted = {
+        "odd": torch.randn(3, 5),
+        "count": torch.tensor(7),
+        "double": torch.randn(2, 3, dtype=torch.float64),
+        "half": torch.randn(3).bfloat16(),
+        "flag": torch.tensor([True, False, True]),
+        "turned": torch.randn(4, 3).mT,
+        "none": torch.zeros(0, 4),
+        "more": torch.randn(7),
+    }
+    path = tmp_path / "some" / "file.safetensors"
+    store.write_tensors_in_turn(path, iter(wanted.items()))
+    found = store.read_tensors(path)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+        assert torch.equal(store.read_tensor(path, name), tensor)
+    assert store.read_metadata(path) == {}
+    first = path.read_bytes()
+    store.write_tensors_in_turn(path, iter(wanted.items()))
+    assert path.read_bytes() == first
+
+
+def test_of_tensors_written_in_turn_that_fail_midway_nothing_is_left(tmp_path):
+    def tensors():
+        yield "first", torch.zeros(3)
+        raise ValueError("the second cannot be had")
+
+    path = tmp_path / "file.safetensors"
+    store.write_tensors(path, {"old": torch.ones(2)})
+    with pytest.raises(ValueError, match="the second"):
+        store.write_tensors_in_turn(path, tensors())
+    assert store.tensor_names(path) == ["old"]
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from influence.layers import find_layers, share_inputs
+from influence.layers import find_layers, layer_groups, share_inputs
 from tests.influence import models
 
 BLOCK = "model.layers.0."
@@ -127,3 +127,21 @@ def test_looking_for_shared_inputs_leaves_no_hook_behind():
     model = models.llama()
     share_inputs(model, models.attributed(model), torch.tensor([[1, 2, 3]]))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_layers_go_in_groups_that_a_budget_holds_and_those_of_one_input_together():
+    model = models.llama()
+    layers = share_inputs(model, models.attributed(model), torch.zeros(1, 2, dtype=torch.int64))
+    inputs = {layer.name: layer.input_group for layer in layers}
+    shared = {group for group in inputs.values() if list(inputs.values()).count(group) > 1}
+    assert shared
+    for memory in range(len(layers) + 2):
+        groups = layer_groups(layers, len, memory)
+        assert sorted(each.name for group in groups for each in group) == sorted(inputs)
+        for group in groups:
+            names = {layer.input_group for layer in group}
+            assert len(group) <= memory or len(names) == 1
+            for other in groups:
+                assert other is group or not names & {layer.input_group for layer in other}
+    assert layer_groups(layers, len, len(layers)) == [layers]
+    assert len(layer_groups(layers, len, 0)) == len(set(inputs.values()))
