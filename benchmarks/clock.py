@@ -55,6 +55,7 @@ def ratios(
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     for number in range(-warm_up, repeats):
+        gc.collect()
         before = seconds(unit.call)
         for name, work in works.items():
             taken = seconds(work.call)
@@ -69,7 +70,6 @@ def ratios(
 
 def seconds(call: Callable[[], object]) -> float:
     """Wall-clock time of a call; all that it queued on an accelerator is done."""
-    gc.collect()
     _synchronise()
     started = time.perf_counter()
     call()
