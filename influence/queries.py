@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from influence.capture import LayerIO
 from influence.damping import Damping
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
+from influence.examples import Batch
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import log_probability
@@ -19,11 +22,15 @@ from influence.solver import LayerSolver
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What the model was asked and what it said, as token ids."""
+    """What the model was asked and what it said, as token ids.
+
+    With a contrast, f is the difference log p(completion | prompt) − log p(contrast | prompt).
+    """
 
     name: str
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    contrast: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for part in ("prompt", "completion"):
@@ -37,14 +44,31 @@ class Query:
 def query_batch(queries: Sequence[Query]) -> TokenBatch:
     """Queries as a batch: the completion is supervised, the prompt is not (Eq. 24).
 
-    The ids are the queries' places in the list.
+    The ids are the queries' places in the list; contrasts, where there are any, follow all
+    completions.
     """
-    tokens = [torch.tensor(query.prompt + query.completion) for query in queries]
+    ids = [*range(len(queries)), *_contrasted(queries)]
+    ends = [each.completion for each in queries] + [each.contrast for each in queries]
+    ends = [end for end in ends if end]
+    tokens = [torch.tensor(queries[at].prompt + end) for at, end in zip(ids, ends, strict=True)]
     supervised = [
-        torch.arange(len(row)) >= len(query.prompt)
-        for row, query in zip(tokens, queries, strict=True)
+        torch.arange(len(row)) >= len(queries[at].prompt)
+        for at, row in zip(ids, tokens, strict=True)
     ]
-    return TokenBatch.collate(range(len(queries)), tokens, supervised)
+    return TokenBatch.collate(ids, tokens, supervised)
+
+
+def measured(
+    outputs: Float[Tensor, "n t v"], batch: TokenBatch, num_queries: int
+) -> Float[Tensor, " n"]:
+    """What each sequence of a `query_batch` adds to the f of its query: a contrast takes away."""
+    signs = torch.ones(len(batch.ids), device=outputs.device)
+    signs[num_queries:] = -1
+    return signs * log_probability(outputs, batch)
+
+
+def _contrasted(queries: Sequence[Query]) -> list[int]:
+    return [at for at, query in enumerate(queries) if query.contrast]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +103,15 @@ def prepare_queries(
     """
     parameter = next(model.parameters())
     prepared: dict[str, dict[str, LowRank]] = {method: {} for method in methods}
-    lengths = [len(query.prompt) + len(query.completion) for query in queries]
+    lengths = [_num_tokens(query) for query in queries]
     for rows in batches_by_tokens(lengths, tokens_per_batch):
-        batch = query_batch([queries[row] for row in rows]).to(parameter.device)
-        ios = run_pass(model, layers, batch, log_probability)
+        asked = _Asked.of(model, layers, [queries[row] for row in rows], parameter.device)
         for method, given in methods.items():
-            for name, io in ios.items():
+            for name, io in asked.ios.items():
                 solved = _solved(
-                    given.solvers[name], given.damping, rank, io.gradient,
-                    lambda basis, io=io: basis.rotate_gradient(io),
+                    given.solvers[name], given.damping, rank,
+                    lambda io=io, asked=asked: asked.by_query(io.gradient()),
+                    lambda basis, io=io, asked=asked: asked.by_query(basis.rotate_gradient(io)),
                 )  # fmt: skip
                 into = prepared[method].setdefault(name, solved.zeros(len(queries)))
                 into.left[rows], into.right[rows] = solved.left, solved.right
@@ -97,6 +121,42 @@ def prepare_queries(
         for found in prepared.values():
             found[layer.name] = LowRank.of(V, rank)
     return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a batch of queries gave: layer inputs and output gradients of each sequence."""
+
+    ios: Mapping[str, LayerIO]
+    owners: Int[Tensor, " n"]
+    num_queries: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        queries: Sequence[Query],
+        device: torch.device,
+    ) -> "_Asked":
+        batch = query_batch(queries).to(device)
+
+        def objective(outputs: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+            assert isinstance(batch, TokenBatch)
+            return measured(outputs, batch, len(queries))
+
+        return cls(run_pass(model, layers, batch, objective), batch.ids, len(queries))
+
+    def by_query(self, sequences: Float[Tensor, "n ..."]) -> Float[Tensor, "q ..."]:
+        """Gradients of completions, those of contrasts added to their own."""
+        own, others = sequences[: self.num_queries], sequences[self.num_queries :]
+        return own.index_add(0, self.owners[self.num_queries :], others) if len(others) else own
+
+
+def _num_tokens(query: Query) -> int:
+    """What a query takes of a batch, its contrast included."""
+    both = len(query.prompt) + len(query.completion)
+    return both + (len(query.prompt) + len(query.contrast) if query.contrast else 0)
 
 
 def _solved(

@@ -1,28 +1,19 @@
-"""Reading JSONL: the corpus, one document a line, and whatever else comes a JSON object a line.
+"""The corpus: documents, and which of their text a model is to predict.
 
 Every fault of the input names the file, the line, what was found and what was wanted.
 """
 
-import gzip
 import itertools
 import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks import params
+from tasks import material
+from tasks.records import Record, unread
 
-_SUFFIXES = (".jsonl", ".jsonl.gz")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One JSON object and the place it was read from, ``file:line``."""
-
-    place: str
-    fields: dict[str, Any]
+ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,46 +21,63 @@ class Corpus:
     """Where the documents are and how to read them.
 
     Args:
-        path: a ``.jsonl`` or ``.jsonl.gz`` file, or a folder of them, read in sorted order.
-        text: the field that holds the text.
-        id: the field that holds the document's name; None names a document ``file:line``.
+        path: a file or a folder of them (`tasks.records`).
+        keys: the key in a record of each part of a document: `text`, or `prompt` and `completion`,
+            or `messages`.
+        id: the key of the document's name; None names a document ``file:line``.
         limit: read only so many documents; None reads all.
+        separator: of the documents of a .txt file.
     """
 
     path: Path
-    text: str
-    id: str | None
-    limit: int | None
+    keys: Mapping[str, str] = field(default_factory=lambda: {"text": "text"})
+    id: str | None = None
+    limit: int | None = None
+    separator: str | None = None
 
     @classmethod
-    def of(cls, section: params.Corpus, root: Path) -> "Corpus":
+    def of(cls, section: material.Corpus, root: Path) -> "Corpus":
         """The corpus of a run; its path is relative to the project's root."""
-        return cls(root / section.path, section.text, section.id, section.limit)
+        given = section.model_dump()
+        keys = {part: given[part] for part in ("text", "prompt", "completion", "messages")
+                if part in given}  # fmt: skip
+        return cls(root / section.path, keys, section.id, section.limit, given.get("separator"))
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One line of the corpus; `metadata` holds its other fields."""
+    """One record of the corpus; `metadata` holds its other fields.
+
+    Args:
+        id: its name.
+        text: all of it; empty where there are `messages`, which a tokenizer makes a text of.
+        metadata: as above.
+        place: file and line.
+        prompt: how many characters at the start of the text are no target.
+        messages: of a conversation, each with `role` and `content`.
+    """
 
     id: str
     text: str
     metadata: dict[str, Any]
     place: str
+    prompt: int = 0
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 def documents(corpus: Corpus, start: int = 0, stop: int | None = None) -> Iterator[Document]:
     """The documents from `start` up to `stop`, counted over the whole corpus.
 
-    Lines outside the range are passed over without being parsed. Duplicate ids are found by
-    `survey`, which sees every line.
+    Records outside the range are passed over without being parsed. Duplicate ids are found by
+    `survey`, which sees every record.
 
     Raises:
-        ValueError: a line that is no document (file, line, what it lacks), or an unreadable path.
+        ValueError: a record that is no document (file, line, what it lacks), or an unreadable path.
     """
     if corpus.limit is not None:
         stop = corpus.limit if stop is None else min(stop, corpus.limit)
-    for place, line in itertools.islice(_lines(corpus.path), start, stop):
-        yield _document(_parse(place, line), corpus)
+    for each in itertools.islice(unread(corpus.path, corpus.separator), start, stop):
+        yield _document(each.read(), corpus)
 
 
 def survey(corpus: Corpus) -> int:
@@ -91,36 +99,72 @@ def survey(corpus: Corpus) -> int:
             )
         seen[document.id] = document.place
     if not seen:
+        example = ", ".join(f"{json.dumps(key)}: ..." for key in corpus.keys.values())
         raise ValueError(
             f"corpus.path: {corpus.path} holds no documents; at least one line with a JSON object "
-            f"such as {{{json.dumps(corpus.text)}: ...}} is wanted"
+            f"such as {{{example}}} is wanted"
         )
     return len(seen)
 
 
-def records(path: Path) -> Iterator[Record]:
-    """The JSON objects of a file or folder, blank lines skipped."""
-    for place, line in _lines(path):
-        yield _parse(place, line)
-
-
 def _document(record: Record, corpus: Corpus) -> Document:
     fields = dict(record.fields)
-    text = _take(record, fields, corpus.text, "corpus.text")
-    if not isinstance(text, str):
+    found = {
+        part: _take(record, fields, key, f"corpus.{part}") for part, key in corpus.keys.items()
+    }
+    texts = [
+        _text(record, key, found[part], f"corpus.{part}")
+        for part, key in corpus.keys.items()
+        if part != "messages"
+    ]
+    name = record.place if corpus.id is None else _id(record, fields, corpus.id)
+    prompt = len(texts[0]) if "prompt" in found else 0
+    if prompt and not texts[1]:
+        raise ValueError(f"{record.place}: the completion is empty; nothing would be predicted")
+    messages = ()
+    if "messages" in found:
+        messages = _messages(record, corpus.keys["messages"], found["messages"])
+    return Document(name, "".join(texts), fields, record.place, prompt, messages)
+
+
+def _text(record: Record, key: str, value: Any, setting: str) -> str:
+    if not isinstance(value, str):
         raise ValueError(
-            f"{record.place}: field {corpus.text!r} (corpus.text) holds a "
-            f"{type(text).__name__}; a string is wanted"
+            f"{record.place}: field {key!r} ({setting}) holds a "
+            f"{type(value).__name__}; a string is wanted"
         )
-    if corpus.id is None:
-        return Document(record.place, text, fields, record.place)
-    name = _take(record, fields, corpus.id, "corpus.id")
+    return value
+
+
+def _id(record: Record, fields: dict[str, Any], key: str) -> str:
+    name = _take(record, fields, key, "corpus.id")
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
         raise ValueError(
-            f"{record.place}: field {corpus.id!r} (corpus.id) holds {name!r}; "
+            f"{record.place}: field {key!r} (corpus.id) holds {name!r}; "
             "a string or a whole number is wanted"
         )
-    return Document(str(name), text, fields, record.place)
+    return str(name)
+
+
+def _messages(record: Record, key: str, value: Any) -> tuple[dict[str, Any], ...]:
+    wanted = "a list of messages such as {'role': 'user', 'content': '...'} is wanted"
+    if not isinstance(value, list) or not value:
+        shown = "nothing" if value == [] else f"a {type(value).__name__}"
+        raise ValueError(f"{record.place}: field {key!r} (corpus.messages) holds {shown}; {wanted}")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(part), str) for part in ("role", "content")
+        ):
+            raise ValueError(
+                f"{record.place}: message {number} of field {key!r} (corpus.messages) is "
+                f"{str(message)[:60]!r}; {wanted}"
+            )
+    if not any(message["role"] == ASSISTANT for message in value):
+        raise ValueError(
+            f"{record.place}: no message of field {key!r} has the role {ASSISTANT!r}, so that "
+            "nothing would be predicted; leave the conversation out, or rename the role"
+        )
+    return tuple(value)
 
 
 def _take(record: Record, fields: dict[str, Any], key: str, setting: str) -> Any:
@@ -130,52 +174,3 @@ def _take(record: Record, fields: dict[str, Any], key: str, setting: str) -> Any
             f"{record.place}: no field {key!r}, which {setting} names; fields there: {there}"
         )
     return fields.pop(key)
-
-
-def _parse(place: str, line: bytes) -> Record:
-    try:
-        # NaN and Infinity, which some writers put for nothing, are no JSON: read as null.
-        fields = json.loads(line.decode("utf-8-sig"), parse_constant=lambda _: None)
-        # A lone surrogate (\ud83d) is legal JSON but no text: no tokenizer can encode it.
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeError as error:
-        raise ValueError(f"{place}: not UTF-8 text ({error})") from error
-    except json.JSONDecodeError as error:
-        shown = line[:60].decode("utf-8", errors="replace").strip()
-        raise ValueError(
-            f"{place}: not JSON ({error.msg} at column {error.colno}): {shown!r}; "
-            "one JSON object a line is wanted"
-        ) from error
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"{place}: a JSON {type(fields).__name__}; one JSON object a line is wanted"
-        )
-    return Record(place, fields)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Lines that are not blank, each with its place."""
-    for name, file in _files(path):
-        try:
-            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield f"{name}:{number}", line
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from error
-
-
-def _files(path: Path) -> list[tuple[str, Path]]:
-    """Files with the names that errors and unnamed documents call them by."""
-    if path.is_file():
-        return [(path.name, path)]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; a .jsonl or .jsonl.gz file is wanted")
-    found = sorted(
-        (file.relative_to(path).as_posix(), file)
-        for file in path.rglob("*")
-        if file.is_file() and file.name.endswith(_SUFFIXES)
-    )
-    if not found:
-        raise ValueError(f"{path}: no file in this folder ends in {' or '.join(_SUFFIXES)}")
-    return found

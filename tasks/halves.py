@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.queries import Method, Query, prepare_queries
+from influence.queries import Method, prepare_queries
 from influence.scores import influence
 from influence.statistics import Agreement
 from influence.streaming import stream
@@ -16,6 +16,7 @@ from influence.validation.estimators import fit_curvature
 from tasks import store
 from tasks.attributed import PassReference
 from tasks.prepared import damping_of
+from tasks.query import described_query
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, split
 from tasks.workspace import StageContext
@@ -75,7 +76,7 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
         attributed.model, attributed.layers, list(reference.batches(rows)), settings.seed + half
     )
     queries = [
-        Query(query["name"], tuple(query["prompt_tokens"]), tuple(query["completion_tokens"]))
+        described_query(query)
         for query in store.read_json(context.artifact("query") / "queries.json")
     ]
     prepared = prepare_queries(

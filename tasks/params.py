@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from tasks.complaints import complaints
+from tasks.material import Corpus, Tokenize
 from tasks.origin import Checkpoint, Scratch
 from tasks.section import Count, Section, Seed, Text, by_key
 from tasks.yamlfile import read_yaml
@@ -25,24 +26,6 @@ ADDRESSES = {  # of a cluster's scheduler, by runner: pattern, and in words
 }
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class Corpus(Section):
-    """Lines of JSON, one document each."""
-
-    path: Text = Field(description="a .jsonl or .jsonl.gz file, or a folder of them")
-    text: Text = Field(description="the key of the text in a line")
-    id: Text | None = Field(description="the key of the document's id; null: file:line")
-    limit: Count | None = Field(description="read this many documents; null: all")
-
-
-class Tokenize(Section):
-    """Documents to sequences."""
-
-    mode: Literal["document", "pack"]
-    context: int = Field(ge=2, description="tokens of a sequence, at most")
-    bos: bool = Field(description="begin each document with the tokenizer's bos")
-    eos: bool = Field(description="end each document with the tokenizer's eos")
 
 
 class Tfidf(Section):

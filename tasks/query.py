@@ -1,12 +1,13 @@
 """Stage `query`: gradients of log p(completion | prompt), preconditioned and truncated."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from influence.objectives import forward, log_probability
-from influence.queries import Query, query_batch
+from influence.objectives import forward
+from influence.queries import Query, measured, query_batch
 from tasks import store
 from tasks.attributed import PassReference
 from tasks.models import load_tokenizer
@@ -72,7 +73,15 @@ def read_queries(context: StageContext, reference: PassReference) -> list[QueryT
 
 def as_query(text: QueryText) -> Query:
     """The query without its text."""
-    return Query(text.name, text.prompt_tokens, text.completion_tokens)
+    return Query(text.name, text.prompt_tokens, text.completion_tokens, text.contrast_tokens)
+
+
+def described_query(described: Mapping[str, Any]) -> Query:
+    """A query as `describe` wrote it."""
+    parts = (
+        tuple(described.get(f"{part}_tokens", ())) for part in ("prompt", "completion", "contrast")
+    )
+    return Query(described["name"], *parts)
 
 
 def describe(texts: Sequence[QueryText], reference: PassReference) -> list[dict[str, object]]:
@@ -82,7 +91,7 @@ def describe(texts: Sequence[QueryText], reference: PassReference) -> list[dict[
     for text in texts:
         batch = query_batch([as_query(text)]).to(reference.device)
         with torch.no_grad():
-            f = float(log_probability(forward(model, batch), batch)[0])
+            f = float(measured(forward(model, batch), batch, 1).sum())
         described.append(
             {
                 "name": text.name,
@@ -91,6 +100,11 @@ def describe(texts: Sequence[QueryText], reference: PassReference) -> list[dict[
                 "prompt_tokens": list(text.prompt_tokens),
                 "completion_tokens": list(text.completion_tokens),
                 "log_probability": f,
+                **(
+                    {"contrast": text.contrast, "contrast_tokens": list(text.contrast_tokens)}
+                    if text.contrast
+                    else {}
+                ),
                 **text.extra,
             }
         )

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from influence.queries import Query
 from influence.scores import TopK
 from influence.statistics import pearson
 from influence.tokens import rescore
@@ -19,6 +18,7 @@ from tasks.prepared import (
     write_prepared,
 )
 from tasks.provenance import header
+from tasks.query import described_query
 from tasks.ranking import Influences, ranks, read_influences
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, shards_of, split
@@ -91,7 +91,7 @@ def rescore_all(
 def full_rank_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """All queries without truncation."""
     queries = [
-        Query(query["name"], tuple(query["prompt_tokens"]), tuple(query["completion_tokens"]))
+        described_query(query)
         for query in store.read_json(context.artifact("query") / "queries.json")
     ]
     reference = PassReference.of(context)

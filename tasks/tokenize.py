@@ -2,8 +2,9 @@
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from numpy.typing import NDArray
 from tasks import store
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.corpora import Corpus, documents, survey
+from tasks.material import Tokenize
 from tasks.models import boundary_token, load_tokenizer
-from tasks.params import Tokenize
 from tasks.shards import ShardRef, map_shards, split
-from tasks.windows import Windows, cut_windows, encode, sequence_keys
+from tasks.windows import Encoded, Windows, cut_windows, encode, sequence_keys
 from tasks.workspace import StageContext
 
 _DOCUMENTS_AT_ONCE = 512
@@ -43,12 +44,12 @@ def run(context: StageContext) -> None:
         suffix=".parquet",
         items="documents",
     )
-    names, metadata, tokens = _read_parts(parts)
-    windows = cut_windows(names, tokens, params.tokenize.mode, params.tokenize.context)
+    names, metadata, encoded = _read_parts(parts)
+    windows = cut_windows(names, encoded, params.tokenize.mode, params.tokenize.context)
     if not windows.supervised.any():
         raise ValueError(
             f"corpus.path: {corpus.path}: no sequence of its {num_documents} documents has two "
-            "tokens, so that nothing is predicted; is corpus.text the field with the text?"
+            "tokens, so that nothing is predicted; is that the field with the text?"
         )
     _write(context.out, windows, names, metadata)
     store.write_json(
@@ -90,32 +91,48 @@ def tokenize_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     stream = documents(corpus, shard.items[0], shard.items[-1] + 1)
     names: list[str] = []
     metadata: list[str] = []
-    tokens: list[NDArray[np.int32]] = []
+    encoded: list[Encoded] = []
     while group := list(itertools.islice(stream, _DOCUMENTS_AT_ONCE)):
         names += [document.id for document in group]
         metadata += [json.dumps(document.metadata, ensure_ascii=False) for document in group]
-        tokens += encode(tokenizer, group, settings.bos, settings.eos)
+        encoded += encode(tokenizer, group, settings.bos, settings.eos)
         shard.tick(len(group))
     store.write_table(
         path,
-        {"document": names, "metadata": metadata, "tokens": tokens},
-        {"document": "string", "metadata": "string", "tokens": "list<int32>"},
+        {
+            "document": names,
+            "metadata": metadata,
+            "tokens": [each.tokens for each in encoded],
+            "targets": [each.targets.astype(np.uint8) for each in encoded],
+        },
+        {
+            "document": "string",
+            "metadata": "string",
+            "tokens": "list<int32>",
+            "targets": "list<uint8>",
+        },
     )
 
 
-def _read_parts(parts: Iterable[Path]) -> tuple[list[str], list[str], list[NDArray[np.int32]]]:
+def _read_parts(parts: Iterable[Path]) -> tuple[list[str], list[str], list[Encoded]]:
     """Names, metadata and tokens of all documents, in the order of the corpus."""
     names: list[str] = []
     metadata: list[str] = []
-    tokens: list[NDArray[np.int32]] = []
+    encoded: list[Encoded] = []
     for part in parts:
         table = store.read_table(part).combine_chunks()
         names += table["document"].to_pylist()
         metadata += table["metadata"].to_pylist()
-        for chunk in table["tokens"].chunks:
-            flat, ends = chunk.flatten().to_numpy(), chunk.value_lengths().to_numpy().cumsum()
-            tokens += np.split(flat, ends[:-1])
-    return names, metadata, tokens
+        for tokens, targets in zip(_rows(table["tokens"]), _rows(table["targets"]), strict=True):
+            encoded.append(Encoded(tokens, targets.astype(np.bool_)))
+    return names, metadata, encoded
+
+
+def _rows(column: Any) -> Iterator[NDArray[Any]]:
+    """The lists of a column."""
+    for chunk in column.chunks:
+        flat, ends = chunk.flatten().to_numpy(), chunk.value_lengths().to_numpy().cumsum()
+        yield from np.split(flat, ends[:-1])
 
 
 def _write(out: Path, windows: Windows, names: list[str], metadata: list[str]) -> None:

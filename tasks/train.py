@@ -101,10 +101,16 @@ def _from_scratch(context: StageContext, architecture: Architecture, checkpoint:
     windows = cut_windows(
         [document.id for document in read], tokens, params.tokenize.mode, params.tokenize.context
     )
-    sequences = np.split(windows.tokens, windows.offsets[1:-1])
+    ends = windows.offsets[1:-1]
+    sequences = np.split(windows.tokens, ends)
     model = new_model(architecture, len(tokenizer))
     losses = train_model(
-        model, sequences, architecture, context.work / "trainer", params.runtime.device
+        model,
+        sequences,
+        np.split(windows.supervised, ends),
+        architecture,
+        context.work / "trainer",
+        params.runtime.device,
     )
     tokenizer.save_pretrained(checkpoint)
     model.save_pretrained(checkpoint)
@@ -204,6 +210,7 @@ def new_gpt2(
 def train_model(
     model: CausalLM,
     sequences: Sequence[NDArray[np.int32]],
+    supervised: Sequence[NDArray[np.bool_]],
     architecture: Architecture,
     work: Path,
     device: str,
@@ -229,8 +236,12 @@ def train_model(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    # A sequence of one token has no target; a batch of nothing else would have no loss.
-    rows = [torch.from_numpy(row.astype(np.int64)) for row in sequences if len(row) > 1]
+    # Some sequences have no target, as those of one token; a batch of such would have no loss.
+    rows = [
+        (torch.from_numpy(row.astype(np.int64)), torch.from_numpy(targets))
+        for row, targets in zip(sequences, supervised, strict=True)
+        if targets.any()
+    ]
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
@@ -246,10 +257,11 @@ def train_model(
     ]
 
 
-def _collate(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _collate(rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Rows padded on the right; under causal attention no real position sees the padding."""
     pad = torch.nn.utils.rnn.pad_sequence
+    labels = [tokens.masked_fill(~targets, _IGNORED) for tokens, targets in rows]
     return {
-        "input_ids": pad(list(rows), batch_first=True),
-        "labels": pad(list(rows), batch_first=True, padding_value=_IGNORED),
+        "input_ids": pad([tokens for tokens, _ in rows], batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=_IGNORED),
     }

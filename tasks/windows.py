@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpora import Document
+from tasks.marks import marked
 from tasks.models import Tokenizer, boundary_token
 
 Mode = Literal["document", "pack"]
@@ -20,50 +21,84 @@ class Windows:
 
     Args:
         tokens: int32, all sequences.
+        targets: which tokens a model is to predict, where anything comes before them.
         offsets: int64, one more than there are sequences.
         names: "doc", or "doc@offset" where the sequence begins `offset` tokens into "doc".
         documents: the documents that each sequence holds tokens of.
     """
 
     tokens: NDArray[np.int32]
+    targets: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     names: list[str]
     documents: list[list[str]]
 
     @property
     def supervised(self) -> NDArray[np.bool_]:
-        """Every token is a target but the first of its sequence, which nothing predicts."""
-        supervised = np.ones(len(self.tokens), dtype=np.bool_)
+        """The targets, less the first token of each sequence, which nothing predicts."""
+        supervised = self.targets.copy()
         supervised[self.offsets[:-1]] = False
         return supervised
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of a document, and which of them a model is to predict."""
+
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+
+    @classmethod
+    def all_targets(cls, tokens: NDArray[np.int32]) -> "Encoded":
+        """Of plain text."""
+        return cls(tokens, np.ones(len(tokens), np.bool_))
+
+
 def encode(
     tokenizer: Tokenizer, documents: Sequence[Document], bos: bool, eos: bool
-) -> list[NDArray[np.int32]]:
+) -> list[Encoded]:
     """The tokens of each document, each on its own.
+
+    A token is a target if it reaches into the completion, or into what an assistant says; of plain
+    text all are. EOS is one, and BOS where all are.
 
     Whether BOS and EOS stand around it is decided by `bos` and `eos` alone, whatever the
     tokenizer would add by itself.
 
     Raises:
-        ValueError: the tokenizer has no such token, or a text that already begins with BOS.
+        ValueError: the tokenizer has no such token, or a text that already begins with BOS or
+            ends with EOS; a chat template that is absent or does not build up its text.
     """
     before = [boundary_token(tokenizer, "bos")] if bos else []
     after = [boundary_token(tokenizer, "eos")] if eos else []
-    encoded = tokenizer([document.text for document in documents], add_special_tokens=False)
-    for document, tokens in zip(documents, encoded["input_ids"], strict=True):
-        if bos and tokens[:1] == before:
-            raise ValueError(
-                f"{document.place}: document {document.id!r} begins with the BOS token "
-                f"{tokenizer.bos_token!r} in its text, and tokenize.bos: true would double it; "
-                "set tokenize.bos to false or take it out of the text"
-            )
-    return [np.array([*before, *row, *after], np.int32) for row in encoded["input_ids"]]
+    written = [marked(tokenizer, document) for document in documents]
+    texts = [each.text for each in written]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    found = []
+    for document, marks, tokens, places in zip(
+        documents, written, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        for which, doubled in (("bos", tokens[:1] == before), ("eos", tokens[-1:] == after)):
+            if doubled and tokens:
+                _refuse_doubled(tokenizer, document, which)
+        targets = [marks.reached(start, end) for start, end in places]
+        whole = [marks.is_plain] * len(before) + targets + [True] * len(after)
+        found.append(Encoded(np.array([*before, *tokens, *after], np.int32), np.array(whole, bool)))
+    return found
+
+
+def _refuse_doubled(tokenizer: Tokenizer, document: Document, which: str) -> None:
+    token = getattr(tokenizer, f"{which}_token")
+    where = "begins" if which == "bos" else "ends"
+    raise ValueError(
+        f"{document.place}: document {document.id!r} {where} with the {which.upper()} token "
+        f"{token!r} in its text, and tokenize.{which}: true would double it; "
+        f"set tokenize.{which} to false or take it out of the text"
+    )
 
 
 def cut_windows(
-    documents: list[str], tokens: Sequence[NDArray[np.int32]], mode: Mode, context: int
+    documents: list[str], encoded: Sequence[Encoded], mode: Mode, context: int
 ) -> Windows:
     """Cut documents into sequences of at most `context` tokens; no token is lost or repeated.
 
@@ -73,13 +108,14 @@ def cut_windows(
 
     Args:
         documents: their names.
-        tokens: of each document, BOS and EOS included where wanted.
+        encoded: of each document, BOS and EOS included where wanted.
         mode: as above.
         context: the longest sequence.
     """
-    lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+    lengths = np.array([len(each.tokens) for each in encoded], dtype=np.int64)
     begins = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
-    stream = np.concatenate([np.zeros(0, np.int32), *tokens])
+    stream = np.concatenate([np.zeros(0, np.int32), *(each.tokens for each in encoded)])
+    targets = np.concatenate([np.zeros(0, np.bool_), *(each.targets for each in encoded)])
     if mode == "pack":
         starts = np.arange(0, len(stream), context)
     else:
@@ -103,7 +139,7 @@ def cut_windows(
         [documents[at] for at in range(one, other) if lengths[at]]
         for one, other in zip(first.tolist(), last.tolist(), strict=True)
     ]
-    return Windows(stream, offsets, names, held)
+    return Windows(stream, targets, offsets, names, held)
 
 
 def sequence_key(name: str) -> int:

@@ -13,7 +13,13 @@ MODEL = ROOT / "data/models/stories260K"
 
 SECTIONS: dict[str, Any] = {
     "train": {"checkpoint": {"path": str(MODEL)}},
-    "corpus": {"path": "corpus.jsonl", "text": "text", "id": "id", "limit": None},
+    "corpus": {
+        "path": "corpus.jsonl",
+        "text": "text",
+        "separator": None,
+        "id": "id",
+        "limit": None,
+    },
     "tokenize": {"mode": "document", "context": 64, "bos": True, "eos": False},
     "layers": ["mlp"],
     "filter": {"method": "tfidf", "terms": "tokens", "top": 2, "audit": 3, "seed": 0},

@@ -42,11 +42,12 @@ DOORS = {
     "huggingface_hub": ("tasks/checkpoints.py",),
     "accelerate": ("tasks/models.py", "tasks/train.py"),
     "safetensors": ("tasks/store.py",),
-    "pyarrow": ("tasks/store.py",),
+    "pyarrow": ("tasks/store.py", "tasks/records.py"),
     "ruamel": ("tasks/yamlfile.py",),
     "pydantic": (
         "tasks/section.py",
         "tasks/origin.py",
+        "tasks/material.py",
         "tasks/params.py",
         "tasks/complaints.py",
         "tasks/validation/settings.py",

@@ -1,10 +1,17 @@
 """Corpora and query sets: what is read, and how every fault is named by file and line."""
 
+import contextlib
+import datetime
 import gzip
 import json
+import tempfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks.corpora import Corpus, documents, survey
 from tasks.models import load_tokenizer
@@ -20,9 +27,10 @@ def write_lines(path: Path, *lines: object) -> Path:
 
 
 def corpus(path: Path, id: str | None = "id", limit: int | None = None) -> Corpus:
-    return Corpus(path, text="text", id=id, limit=limit)
+    return Corpus(path, id=id, limit=limit)
 
 
+PAIR, CHAT = {"prompt": "q", "completion": "a"}, {"messages": "m"}
 STORIES = [
     {"id": "a", "text": "One.", "author": "Ann"},
     {"id": "b", "text": "Two.", "year": 1999},
@@ -117,11 +125,151 @@ def test_empty_corpus_absent_path_folder_without_lines_and_broken_gzip_are_error
     with pytest.raises(ValueError, match=r"absent: no such file or folder"):
         survey(corpus(tmp_path / "absent"))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"no file in this folder ends in \.jsonl"):
+    with pytest.raises(ValueError, match=r"no file in this folder ends in one of \.jsonl"):
         survey(corpus(tmp_path / "folder"))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"\n" * 99)[:-9])
     with pytest.raises(ValueError, match=r"cut\.jsonl\.gz: cannot be read"):
         survey(corpus(tmp_path / "cut.jsonl.gz"))
+
+
+# --- files of other kinds ------------------------------------------------------------------------
+
+
+def zst(path: Path, content: bytes) -> Path:
+    with pa.output_stream(str(path), compression="zstd") as stream:
+        stream.write(content)
+    return path
+
+
+def test_all_formats_give_the_same_documents(tmp_path):
+    lines = "".join(json.dumps(story) + "\n" for story in STORIES).encode()
+    files = [tmp_path / "x.jsonl", zst(tmp_path / "x.jsonl.zst", lines), tmp_path / "x.parquet"]
+    files[0].write_bytes(lines)
+    table = pa.Table.from_pylist([{"author": None, "year": None} | story for story in STORIES])
+    pq.write_table(table, files[2])
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, part in zip(names, (table[:1], table[1:]), strict=True):
+        with pa.ipc.new_stream(saved / name, table.schema) as writer:
+            writer.write_table(part)
+    (saved / "cache-0123.arrow").write_bytes(b"not of the dataset")
+    state = {"_data_files": [{"filename": name} for name in names]}
+    (saved / "state.json").write_text(json.dumps(state))
+    for path in (*files, saved):
+        found = list(documents(corpus(path)))
+        assert [(d.id, d.text) for d in found] == [(s["id"], s["text"]) for s in STORIES]
+        assert found[0].metadata["author"] == "Ann"
+        assert [d.id for d in documents(corpus(path), 1, 2)] == ["b"]
+    assert [d.place for d in documents(corpus(files[2]))] == [f"x.parquet:{n}" for n in (1, 2, 3)]
+
+
+def test_of_a_folder_all_formats_are_read(tmp_path):
+    write_lines(tmp_path / "1.jsonl", STORIES[0])
+    pq.write_table(pa.Table.from_pylist(STORIES[1:2]), tmp_path / "2.parquet")
+    assert [d.text for d in documents(corpus(tmp_path, id=None))] == ["One.", "Two."]
+    (tmp_path / "LICENSE.txt").write_text("no story")
+    with pytest.raises(ValueError, match=r"plain text \(LICENSE\.txt\) beside records \(1\.json"):
+        survey(corpus(tmp_path, id=None))
+
+
+def test_texts_of_a_folder_are_a_document_each(tmp_path):
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name[0])
+    assert [(d.id, d.text) for d in documents(Corpus(tmp_path))] == [("a.txt", "a"), ("b.txt", "b")]
+
+
+def test_dates_and_bytes_of_a_table_become_text(tmp_path):
+    row = {"id": "a", "text": "x", "when": datetime.date(2020, 1, 2), "nan": float("nan")}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    (found,) = documents(corpus(tmp_path / "x.parquet"))
+    assert found.metadata == {"when": "2020-01-02", "nan": None}
+
+
+def test_a_text_is_one_document_or_those_between_separators(tmp_path, monkeypatch):
+    file = tmp_path / "x.txt"
+    file.write_text("One.\nMore é.\n<|end|>\n\nTwo.<|end|>\n  <|end|>Three.\n", "utf-8")
+    (whole,) = documents(Corpus(file))
+    assert (whole.id, whole.text) == ("x.txt", file.read_text("utf-8"))
+    for chunk in (1, 3, 1 << 20):  # a separator or a letter across the bounds of a chunk
+        monkeypatch.setattr("tasks.records.CHUNK", chunk)
+        found = list(documents(Corpus(file, separator="<|end|>")))
+        assert [d.text.strip() for d in found] == ["One.\nMore é.", "Two.", "Three."]
+        assert [d.id for d in found] == ["x.txt:1", "x.txt:5", "x.txt:6"]
+    zst(tmp_path / "y.txt.zst", file.read_bytes())
+    assert [d.text for d in documents(Corpus(tmp_path / "y.txt.zst", separator="<|end|>"))] == [
+        d.text for d in found
+    ]
+
+
+def test_files_that_are_not_what_they_are_called_are_named(tmp_path):
+    cases = {
+        "x.parquet": r"x\.parquet: no complete parquet file",
+        "x.jsonl.zst": r"x\.jsonl\.zst: cannot be read",
+        "x.txt": r"x\.txt: not UTF-8 text",
+        "x.csv": r"x\.csv: a file that ends in one of \.jsonl, \.txt, \.parquet",
+        "x.parquet.gz": r"x\.parquet\.gz: a file that ends in",
+    }
+    for name, message in cases.items():
+        (tmp_path / name).write_bytes(b"\xff\xfe rubbish")
+        with pytest.raises(ValueError, match=message):
+            survey(corpus(tmp_path / name))
+
+
+def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "state.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"several splits \(test, train\); give one, such as"):
+        survey(corpus(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "line", "message"),
+    [
+        (PAIR, {"q": "x"}, r"no field 'a', which corpus\.completion names"),
+        (PAIR, {"q": 3, "a": "x"}, r"field 'q' \(corpus\.prompt\) holds a int"),
+        (PAIR, {"q": "x", "a": ""}, r"the completion is empty"),
+        (CHAT, {"m": []}, r"field 'm' \(corpus\.messages\) holds nothing; a list of messages"),
+        (CHAT, {"m": "hello"}, r"holds a str; a list of messages"),
+        (CHAT, {"m": [{"role": "user"}]}, r"message 1 of field 'm'"),
+        (
+            CHAT,
+            {"m": [{"role": "user", "content": "x"}]},
+            r"no message .* has the role 'assistant'",
+        ),
+    ],
+)
+def test_a_bad_pair_or_conversation_is_named_by_file_and_line(tmp_path, keys, line, message):
+    file = write_lines(tmp_path / "x.jsonl", line)
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: .*" + message):
+        survey(Corpus(file, keys))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+likely = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("text", "q", "a", "m", "id", "role", "content"), json_values)
+)
+
+
+@given(
+    st.sampled_from([{"text": "text"}, PAIR, CHAT]),
+    st.lists(st.one_of(likely.map(json.dumps).map(str.encode), st.binary(max_size=20)), max_size=3),
+)
+def test_whatever_a_file_holds_the_error_names_it(keys, lines):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "fuzzed.jsonl"
+        file.write_bytes(b"\n".join(lines))
+        with contextlib.suppress(ValueError):
+            assert survey(Corpus(file, keys, "id")) > 0
+            return
+        with pytest.raises(ValueError, match=r"fuzzed\.jsonl.{20}"):
+            survey(Corpus(file, keys, "id"))
 
 
 # --- queries -------------------------------------------------------------------------------------
@@ -208,3 +356,38 @@ def test_doubled_bos_and_empty_query_sets_are_errors(tmp_path, tokenizer):
         load_queries(file, tokenizer, bos=True, context=512)
     with pytest.raises(ValueError, match=r"query\.path: .* holds no queries"):
         check_queries(write_lines(tmp_path / "none.jsonl", ""))
+
+
+def test_a_contrast_has_the_tokens_of_the_prompt_before_it(tmp_path, tokenizer):
+    contrast = {"contrast": " big dog."}
+    file = write_lines(tmp_path / "q.jsonl", LILY | contrast | {"tag": "x"})
+    (query,) = load_queries(file, tokenizer, bos=True, context=512)
+    (alone,) = load_queries(
+        write_lines(tmp_path / "p.jsonl", LILY | {"completion": " big dog."}), tokenizer, True, 512
+    )
+    assert (query.prompt_tokens, query.contrast_tokens) == (
+        alone.prompt_tokens,
+        alone.completion_tokens,
+    )
+    assert (query.contrast, query.extra) == (" big dog.", {"tag": "x"})
+    (none,) = load_queries(
+        write_lines(tmp_path / "n.jsonl", LILY | {"contrast": None}), tokenizer, True, 512
+    )
+    assert (none.contrast, none.contrast_tokens) == ("", ())
+
+
+@pytest.mark.parametrize(
+    ("contrast", "message"),
+    [
+        ("", r"q\.jsonl:1: the query's contrast is empty"),
+        (3, r"q\.jsonl:1: 'contrast' holds a int"),
+        (LILY["completion"], r"q\.jsonl:1: the contrast is the completion"),
+        (" dog" * 600, r"q\.jsonl:1: query 'lily' is \d+ tokens long"),
+        ("me, there", r"q\.jsonl:1: .* other tokens before its contrast"),
+    ],
+)
+def test_a_bad_contrast_is_named_by_file_and_line(tmp_path, tokenizer, contrast, message):
+    prompt = "Once upon a ti" if contrast == "me, there" else LILY["prompt"]
+    file = write_lines(tmp_path / "q.jsonl", LILY | {"prompt": prompt, "contrast": contrast})
+    with pytest.raises(ValueError, match=message):
+        load_queries(file, tokenizer, bos=True, context=512)

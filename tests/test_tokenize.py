@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tasks import store, tokenize, train
 from tasks.models import load_tokenizer
 from tasks.sequences import TokenStore, choose_rows
-from tasks.windows import cut_windows, sequence_key, sequence_keys
-from tests.small_run import MODEL, run_stage, stage_context, write_lines
+from tasks.windows import Encoded, cut_windows, sequence_key, sequence_keys
+from tests.small_run import MODEL, SECTIONS, run_stage, stage_context, write_lines
 
 STORIES = [
     {"id": "long", "text": "Once upon a time there was a cat. " * 12, "author": "Ann"},
@@ -31,14 +31,20 @@ def run_root(tmp_path) -> Path:
     return tmp_path
 
 
-def tokenized(root: Path, shards: int = 3, **settings) -> Path:
+def tokenized(root: Path, shards: int = 3, corpus: dict | None = None, **settings) -> Path:
     section = {"mode": "document", "context": 64, "bos": True, "eos": False} | settings
     runtime = stage_context(root, "tokenize").params.runtime.model_dump() | {"shards": shards}
-    return run_stage(root, "tokenize", tokenize, tokenize=section, runtime=runtime)
+    corpus = corpus or SECTIONS["corpus"]
+    return run_stage(root, "tokenize", tokenize, corpus=corpus, tokenize=section, runtime=runtime)
 
 
 def sequences(folder: Path) -> list[dict]:
     return store.read_table(folder / "sequences.parquet").to_pylist()
+
+
+def plain(tokens: list[np.ndarray]) -> list[Encoded]:
+    """Of text without a prompt."""
+    return [Encoded.all_targets(row) for row in tokens]
 
 
 # --- cutting -------------------------------------------------------------------------------------
@@ -53,7 +59,7 @@ def test_windows_lose_and_repeat_no_token(lengths, context, mode):
         tokens.append(np.arange(total, total + length, dtype=np.int32))
         total += length
     names = [f"d{place}" for place in range(len(lengths))]
-    windows = cut_windows(names, tokens, mode, context)
+    windows = cut_windows(names, plain(tokens), mode, context)
     assert windows.tokens.tolist() == list(range(total))
     sizes = np.diff(windows.offsets)
     assert windows.offsets[0] == 0
@@ -66,7 +72,7 @@ def test_windows_lose_and_repeat_no_token(lengths, context, mode):
 
 def test_document_mode_never_mixes_documents_and_names_the_offset():
     tokens = [np.arange(5, dtype=np.int32), np.array([], np.int32), np.arange(2, dtype=np.int32)]
-    windows = cut_windows(["a", "b", "c"], tokens, "document", 2)
+    windows = cut_windows(["a", "b", "c"], plain(tokens), "document", 2)
     assert windows.names == ["a", "a@2", "a@4", "c"]
     assert windows.documents == [["a"], ["a"], ["a"], ["c"]]
     assert windows.offsets.tolist() == [0, 2, 4, 5, 7]
@@ -75,10 +81,10 @@ def test_document_mode_never_mixes_documents_and_names_the_offset():
 
 def test_pack_mode_fills_windows_across_documents_and_keeps_the_tail():
     tokens = [np.arange(3, dtype=np.int32), np.array([], np.int32), np.arange(4, dtype=np.int32)]
-    windows = cut_windows(["a", "b", "c"], tokens, "pack", 3)
+    windows = cut_windows(["a", "b", "c"], plain(tokens), "pack", 3)
     assert windows.names == ["a", "c", "c@3"]
     assert windows.documents == [["a"], ["c"], ["c"]]
-    windows = cut_windows(["a", "b", "c"], tokens, "pack", 4)
+    windows = cut_windows(["a", "b", "c"], plain(tokens), "pack", 4)
     assert windows.names == ["a", "c@1"]
     assert windows.documents == [["a", "c"], ["c"]]
 
@@ -195,6 +201,110 @@ def test_shards_of_rows_are_contiguous_balanced_and_never_empty(run_root, shards
     sizes = [sum(tokens.lengths[row] for row in part) for part in parts]
     assert max(sizes) <= sum(sizes) / shards + 16
     assert tokens.shard_rows([], shards) == []
+
+
+# --- what is predicted ---------------------------------------------------------------------------
+
+FILE = {"path": "corpus.jsonl", "id": None, "limit": None}
+PAIRS = FILE | {"prompt": "question", "completion": "answer"}
+CHATS = FILE | {"messages": "talk"}
+# As ChatML: what the assistant says ends with a mark of its own.
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [end]\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "Who is Lily?"},
+    {"role": "assistant", "content": "A little girl."},
+    {"role": "user", "content": "And Tom?"},
+    {"role": "assistant", "content": "Her big dog."},
+]
+
+
+def predicted(folder: Path, row: int = 0) -> str:
+    """What a sequence's targets say."""
+    tokens = TokenStore.open(folder)
+    chosen = tokens.row_tokens(row)[tokens.supervised[tokens._slice(row)].bool()]
+    return load_tokenizer(MODEL).decode(chosen.tolist())
+
+
+@pytest.mark.parametrize("mode", ["document", "pack"])
+def test_of_a_pair_the_completion_alone_is_predicted(run_root, mode):
+    pairs = [
+        {"question": "Lily saw a cat. What did she", "answer": " see? A cat.", "from": "me"},
+        {"question": "", "answer": "Once upon a time"},
+    ]
+    write_lines(run_root / "corpus.jsonl", pairs)
+    folder = tokenized(run_root, corpus=PAIRS, mode=mode)
+    tokenizer, tokens = load_tokenizer(MODEL), TokenStore.open(folder)
+    whole = [pair["question"] + pair["answer"] for pair in pairs]
+    if mode == "document":
+        assert [predicted(folder, row) for row in (0, 1)] == ["see? A cat.", "Once upon a time"]
+        assert [tokenizer.decode(tokens.row_tokens(row)[1:].tolist()) for row in (0, 1)] == whole
+    else:
+        assert predicted(folder).replace("<s>", " ").split() == (
+            ["see?", "A", "cat.", "Once", "upon", "a", "time"]
+        )
+    [first, _] = store.read_table(folder / "documents.parquet").to_pylist()
+    assert json.loads(first["metadata"]) == {"from": "me"}
+
+
+def test_eos_after_a_completion_is_predicted_and_bos_before_a_prompt_is_not(run_root):
+    write_lines(run_root / "corpus.jsonl", [{"question": "Who?", "answer": " Lily."}] * 2)
+    folder = tokenized(run_root, corpus=PAIRS, mode="pack", eos=True)
+    assert predicted(folder) == "Lily.</s> Lily.</s>"
+
+
+@pytest.fixture
+def chatty(monkeypatch):
+    """Makes the model's tokenizer one with a chat template."""
+
+    def of(template: str | None) -> None:
+        def loaded(folder):
+            tokenizer = load_tokenizer(folder)
+            tokenizer.chat_template = template
+            return tokenizer
+
+        monkeypatch.setattr(tokenize, "load_tokenizer", loaded)
+
+    return of
+
+
+def test_of_a_conversation_what_the_assistant_says_is_predicted(run_root, chatty):
+    chatty(TEMPLATE)
+    write_lines(run_root / "corpus.jsonl", [{"talk": TALK}, {"talk": TALK[:2]}])
+    folder = tokenized(run_root, corpus=CHATS, context=512)
+    assert predicted(folder).replace(" ", "") == "Alittlegirl.[end]Herbigdog.[end]"
+    assert predicted(folder, 1).replace(" ", "") == "Alittlegirl.[end]"
+    text = load_tokenizer(MODEL).decode(TokenStore.open(folder).row_tokens(1)[1:].tolist())
+    assert text == "[user] Who is Lily? [end]\n[assistant] A little girl. [end]\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"corpus\.messages: the tokenizer has no chat template"),
+        # As of a model whose earlier thoughts are left out.
+        (
+            "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}"
+            "{% endif %}{% endfor %}",
+            r"corpus\.jsonl:1: .* writes message 2 of document 'corpus\.jsonl:1' otherwise",
+        ),
+        ("{{ raise_exception('no system role') }}", r"corpus\.jsonl:1: .*refuses.*no system role"),
+    ],
+    ids=["none", "forgetful", "strict"],
+)
+def test_a_template_that_does_not_do_is_named(run_root, chatty, template, message):
+    chatty(template)
+    write_lines(run_root / "corpus.jsonl", [{"talk": TALK}])
+    with pytest.raises(ValueError, match=message):
+        tokenized(run_root, corpus=CHATS)
+
+
+def test_text_that_ends_with_eos_is_an_error(run_root):
+    write_lines(run_root / "corpus.jsonl", [{"id": "x", "text": "The end.</s>"}])
+    with pytest.raises(ValueError, match=r"'x' ends with the EOS token '</s>'.* double it"):
+        tokenized(run_root, eos=True)
 
 
 # --- what stops the stage ------------------------------------------------------------------------

@@ -171,7 +171,8 @@ def test_first_loss_is_the_mean_over_targets_of_the_untrained_model(architecture
             for row in rows[:4]
         ]
     expected = float(sum(losses)) / (3 * 31 + 7)
-    (first,) = train.train_model(model, rows, settings, tmp_path / "trainer", "cpu")
+    targets = [np.arange(len(row)) > 0 for row in rows]
+    (first,) = train.train_model(model, rows, targets, settings, tmp_path / "trainer", "cpu")
     assert first == {"step": 1, "loss": pytest.approx(expected, rel=1e-5)}
 
 

@@ -57,6 +57,7 @@ class QueryView:
     completion_gap: str
     completion: str
     note: str
+    measure: str
     log_probability: str
     per_token: str
     unit: str
@@ -132,6 +133,7 @@ def _query_view(frame: _Frame, query: Row, number: int) -> QueryView:
         completion_gap=query["completion"][: len(query["completion"]) - len(completion)],
         completion=completion,
         note=str(query.get("note") or ""),
+        measure="log p − log p(contrast)" if query.get("contrast") else "log p",
         log_probability=_log_probability(query),
         per_token=_per_token(query),
         unit=scale.nats.unit,
@@ -226,7 +228,7 @@ def _log_probability(query: Row) -> str:
 def _per_token(query: Row) -> str:
     """Mean nats a token of the completion, where both are known."""
     value, tokens = query.get("log_probability"), query.get("completion_tokens")
-    if value is None or tokens is None:
+    if value is None or tokens is None or query.get("contrast"):
         return ""
     num_tokens = tokens if isinstance(tokens, int) else len(tokens)
     return f"{plain(value / max(1, num_tokens), 3)} per token over {num_tokens} tokens"

@@ -162,7 +162,7 @@ def _read_table(path: Path, limit: int | None) -> np.ndarray:
 
 def _story(data: Story, root: Path, seed: int) -> Splits:
     """Windows of text, end to end: neighbours come from one story, and may be parted."""
-    read = list(documents(Corpus(root / data.text, "text", None, None)))
+    read = list(documents(Corpus(root / data.text)))
     tokenizer = train_tokenizer((document.text for document in read), data.vocabulary)
     encoded = encode(tokenizer, read, bos=False, eos=True)
     windows = cut_windows([document.id for document in read], encoded, "pack", data.context)

@@ -6,8 +6,10 @@ import torch
 from influence.damping import AbsoluteDamping, RelativeDamping
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
+from influence.layers import Layer
 from influence.lowrank import LowRank
-from influence.queries import Method, Query, prepare_queries, query_batch
+from influence.objectives import forward, log_probability
+from influence.queries import Method, Query, measured, prepare_queries, query_batch
 from influence.solver import GradientDot
 from tests import oracles
 from tests.influence import models
@@ -126,6 +128,17 @@ def test_the_gradient_dot_product_prepares_the_gradient_itself():
         torch.testing.assert_close(prepared[name].dense(), LowRank.of(V, 1).dense())
 
 
+def random_ekfac(layers: tuple[Layer, ...]) -> dict[str, EKFACBlock]:
+    """Of random eigenbases and eigenvalues."""
+    blocks = {}
+    for number, layer in enumerate(layers):
+        basis = EigenBasis(
+            models.orthogonal(number, layer.d_in), models.orthogonal(number + 50, layer.d_out)
+        )
+        blocks[layer.name] = EKFACBlock(basis, torch.rand(layer.d_out, layer.d_in).double())
+    return blocks
+
+
 @pytest.mark.parametrize("rank", [1, 2, None])
 @pytest.mark.parametrize("tokens_per_batch", [1, 8, 1000])
 @pytest.mark.parametrize("case", models.CASES)
@@ -134,12 +147,7 @@ def test_preparing_from_queries_is_preparing_their_gradients(case, tokens_per_ba
     model = models.CASES[case]()
     model.unused = torch.nn.Linear(2, 3).double()
     layers = models.attributed(model)
-    blocks = {}
-    for number, layer in enumerate(layers):
-        basis = EigenBasis(
-            models.orthogonal(number, layer.d_in), models.orthogonal(number + 50, layer.d_out)
-        )
-        blocks[layer.name] = EKFACBlock(basis, torch.rand(layer.d_out, layer.d_in).double())
+    blocks = random_ekfac(layers)
     some, other = RelativeDamping(0.1), AbsoluteDamping(0.3)
     methods = {
         "ekfac": Method(blocks, some),
@@ -155,3 +163,55 @@ def test_preparing_from_queries_is_preparing_their_gradients(case, tokens_per_ba
         for name, query in wanted.items():
             assert got[method][name].rank == query.rank
             torch.testing.assert_close(got[method][name].dense(), query.dense())
+
+
+CONTRASTED = [
+    Query("both", (1, 2, 3), (5, 0), (4, 4, 4)),
+    Query("plain", (3,), (2, 2, 1)),
+    Query("other", (0, 1), (4,), (2,)),
+]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("tokens_per_batch", [1, 11, 1000])
+@pytest.mark.parametrize("case", models.CASES)
+def test_a_contrast_is_taken_away(case, tokens_per_batch, rank):
+    """f is a difference, and so are its gradient and the influence on it."""
+    model = models.CASES[case]()
+    layers = models.attributed(model)
+    methods = {
+        "dot": Method({layer.name: GradientDot() for layer in layers}, RelativeDamping(0.1)),
+        "ekfac": Method(random_ekfac(layers), RelativeDamping(0.1)),
+    }
+    got = prepare_queries(model, layers, CONTRASTED, methods, rank, tokens_per_batch)
+    for layer in layers:
+        wanted = []
+        for query in CONTRASTED:
+            gradient = oracles.sequence_gradient(model, layer.module, sequence(query))
+            if query.contrast:
+                other = sequence(Query(query.name, query.prompt, query.contrast))
+                gradient = gradient - oracles.sequence_gradient(model, layer.module, other)
+            wanted.append(gradient)
+        for method, given in methods.items():
+            solved = given.solvers[layer.name].solve(torch.stack(wanted), given.damping)
+            torch.testing.assert_close(
+                got[method][layer.name].dense(),
+                LowRank.of(solved, rank).dense(),
+                rtol=1e-7,
+                atol=1e-9,
+            )
+
+
+def test_what_a_batch_measures_adds_up_to_f_of_each_query():
+    model = models.mlp()
+    batch = query_batch(CONTRASTED)
+    assert batch.ids.tolist() == [0, 1, 2, 0, 2]
+    parts = measured(forward(model, batch), batch, len(CONTRASTED))
+    f = torch.zeros(3, dtype=parts.dtype).index_add(0, batch.ids, parts)
+    for query, found in zip(CONTRASTED, f, strict=True):
+        alone = query_batch([Query(query.name, query.prompt, query.completion)])
+        wanted = log_probability(forward(model, alone), alone)[0]
+        if query.contrast:
+            other = query_batch([Query(query.name, query.prompt, query.contrast)])
+            wanted = wanted - log_probability(forward(model, other), other)[0]
+        torch.testing.assert_close(found, wanted)
