@@ -202,7 +202,9 @@ def _query_set(root: Path, name: str, file: str | None, typed: list[TypedQuery] 
         check_queries(root / file)
         return file
     path = QUERY_SETS / f"{run_file(name).stem}.jsonl"
-    lines = [json.dumps(each.model_dump(), ensure_ascii=False) for each in typed or ()]
+    lines = [
+        json.dumps(each.model_dump(exclude_none=True), ensure_ascii=False) for each in typed or ()
+    ]
     text = "".join(f"{line}\n" for line in lines)
     if (root / path).exists() and (root / path).read_text(encoding="utf-8") != text:
         raise ValueError(f"{path} exists and holds other queries; take another name")

@@ -164,6 +164,12 @@ class TypedQuery(Form):
         description="joined to the prompt as it stands: a leading space belongs to it",
         min_length=1,
     )
+    contrast: str | None = Field(
+        default=None,
+        title="Contrast",
+        description="another completion: then log p of the first less log p of this is measured",
+        min_length=1,
+    )
 
 
 def _settings(form: BaseModel) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def test_what_makes_no_sense_is_refused(given):
 
 def test_a_typed_query_wants_a_name_a_prompt_and_a_completion():
     TypedQuery(name="a", prompt="b", completion=" c")
-    for given in ({"name": "A b"}, {"prompt": ""}, {"completion": ""}):
+    TypedQuery(name="a", prompt="b", completion=" c", contrast=" d")
+    for given in ({"name": "A b"}, {"prompt": ""}, {"completion": ""}, {"contrast": ""}):
         with pytest.raises(ValidationError):
             TypedQuery(**{"name": "a", "prompt": "b", "completion": "c"} | given)
 
