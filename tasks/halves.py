@@ -15,8 +15,7 @@ from influence.streaming import stream
 from influence.validation.estimators import fit_curvature
 from tasks import store
 from tasks.attributed import PassReference
-from tasks.prepared import damping_of
-from tasks.query import described_query
+from tasks.prepared import damping_of, described_query
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, split
 from tasks.workspace import StageContext

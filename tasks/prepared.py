@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ def damping_grid(params: RunParams) -> dict[str, RelativeDamping]:
 def methods_of(params: RunParams) -> tuple[str, ...]:
     """All methods whose queries a run prepares, in the order of its score shards."""
     return (EKFAC, GRADIENT_DOT, *damping_grid(params))
+
+
+def described_query(described: Mapping[str, Any]) -> Query:
+    """A query as `describe` wrote it."""
+    parts = (
+        tuple(described.get(f"{part}_tokens", ())) for part in ("prompt", "completion", "contrast")
+    )
+    return Query(described["name"], *parts)
 
 
 def prepare_queries(

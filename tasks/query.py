@@ -1,8 +1,7 @@
 """Stage `query`: gradients of log p(completion | prompt), preconditioned and truncated."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -74,14 +73,6 @@ def read_queries(context: StageContext, reference: PassReference) -> list[QueryT
 def as_query(text: QueryText) -> Query:
     """The query without its text."""
     return Query(text.name, text.prompt_tokens, text.completion_tokens, text.contrast_tokens)
-
-
-def described_query(described: Mapping[str, Any]) -> Query:
-    """A query as `describe` wrote it."""
-    parts = (
-        tuple(described.get(f"{part}_tokens", ())) for part in ("prompt", "completion", "contrast")
-    )
-    return Query(described["name"], *parts)
 
 
 def describe(texts: Sequence[QueryText], reference: PassReference) -> list[dict[str, object]]:

@@ -13,12 +13,12 @@ from tasks import store
 from tasks.attributed import PassReference
 from tasks.prepared import (
     EKFAC,
+    described_query,
     prepare_queries,
     read_prepared,
     write_prepared,
 )
 from tasks.provenance import header
-from tasks.query import described_query
 from tasks.ranking import Influences, ranks, read_influences
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, shards_of, split
