@@ -23,7 +23,7 @@ FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 CANCELLING = "CANCELLING"  # its worker will say how that ended
 MESSAGE = "the process ended and did not say how"
 TIMEOUT = 10.0
-LATER = (1.0, 2.0, 4.0, 8.0)  # the server learns of task runs from a queue: some after the end
+LATER = (1.0, 2.0, 4.0)  # the server learns of task runs from a queue: some after the end
 BUSY, DELAYS = 503, (0.5, 1.0, 2.0, 4.0, 8.0)  # what a server says whose SQLite is busy
 
 

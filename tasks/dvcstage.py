@@ -15,7 +15,7 @@ from tasks.workspace import ARTIFACTS
 
 OURS = {"artifacts", "flows", "influence", "params", "tasks"}  # deps that are no input files
 # They say how fast or by whom, and never how: a killed stage may resume under others.
-FREE_OF_PARTIALS = {"runner", "address", "workers", "gpus_per_task"}
+FREE_OF_PARTIALS = {"runner", "address", "workers", "gpus_per_task", "layer_memory"}
 
 
 def input_fingerprint(root: Path, stage: str, run: str, runtime: Runtime) -> str:

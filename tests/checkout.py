@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from flows.closure import write_deps
+from flows.witness import LATER
 from tasks.validation.context import FIGURES, RESULT, SCORES
 from tasks.workspace import STAGES, WORK
 
@@ -231,11 +232,26 @@ def processes_below(pid: int) -> list[psutil.Process]:
 
 
 def outlive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that are still at work after so many seconds; a zombie is not, whoever reaps it."""
-    deadline = time.monotonic() + seconds
-    while (alive := [each for each in processes if _works(each)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    """Those that are still at work after so many seconds; a zombie is not, whoever reaps it.
+
+    A witness has as long again as it goes on looking for what the server learns of late.
+    """
+    witnesses = [each for each in processes if _is_witness(each)]
+    others = [each for each in processes if each not in witnesses]
+    alive = []
+    for some, limit in ((others, seconds), (witnesses, seconds + 2 * sum(LATER))):
+        deadline = time.monotonic() + limit
+        while (left := [each for each in some if _works(each)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        alive += left
     return alive
+
+
+def _is_witness(process: psutil.Process) -> bool:
+    try:
+        return "flows.witness" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _works(process: psutil.Process) -> bool:

@@ -111,7 +111,7 @@ def line(phase: str, fb: float, **more: float) -> dict[str, object]:
     return about | {"threads": 1, "repeats": 5, "phase": phase} | spread | more
 
 
-@pytest.mark.parametrize("phase", ["factors", "stream 8"])
+@pytest.mark.parametrize("phase", [pytest.param("factors", marks=pytest.mark.doors), "stream 8"])
 def test_ten_times_the_corpus_takes_no_more_memory(phase):
     """Less than a twentieth more at the peak, in a process each; batches are as large in both.
 
