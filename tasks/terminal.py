@@ -1,7 +1,7 @@
 """The top sequences of a run as lines for a terminal."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,16 @@ def top_lines(root: Path, run: str, query: str | None = None, limit: int = 5) ->
     yield "influence in nats of log p(completion | prompt) per extra copy; + raises it"
     for name in names:
         yield ""
-        yield f"{name}: {flat(asked[name]['prompt'])} → {flat(asked[name]['completion'])}"
+        yield f"{name}: {flat(asked[name]['prompt'])} → {said(asked[name])}"
         chosen = [row for row in rows if row["query"] == name and row["rank"] <= limit]
         for _, signed in groupby(chosen, key=lambda row: row["sign"]):
             yield from (line(row, width) for row in signed)
+
+
+def said(query: Mapping[str, Any]) -> str:
+    """The completion of a query, and what it is held against."""
+    contrast = query.get("contrast")
+    return flat(query["completion"]) + (f" (rather than {flat(contrast)})" if contrast else "")
 
 
 def top_rows(root: Path, run: str, limit: int) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.params import load_params
 from tasks.store import StorageError
-from tasks.terminal import flat, snippet
+from tasks.terminal import flat, said, snippet
 from tasks.workspace import StageContext, find_root, outer_root, prepare, publish
 
 
@@ -91,3 +91,8 @@ def test_a_snippet_shows_the_strongest_token(width):
 
 def test_a_text_on_one_line_and_short_enough_is_shown_whole():
     assert snippet(["a\n\n", "b"], [0.0, 1.0], 80) == "a b" == flat("a\n\nb")
+
+
+def test_a_query_is_told_with_what_it_is_held_against():
+    assert said({"completion": " cat."}) == said({"completion": " cat.", "contrast": None})
+    assert said({"completion": " cat.", "contrast": " dog."}).endswith("(rather than dog.)")
