@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
-from tasks.origin import LocalCheckpoint, Scratch
+from tasks.origin import FineTuned, LocalCheckpoint, Scratch
 from tasks.params import ACTIVE, RunParams, checked, load_params, params_file
 from tasks.section import Section, Text
 from tasks.workspace import FIT_STAGES
@@ -79,9 +79,12 @@ def fit_differences(one: RunParams, other: RunParams) -> list[str]:
 
 
 def checkpoint_path(params: RunParams) -> str | None:
-    """The folder of the run's checkpoint; None if it is trained, or comes from the hub."""
+    """The folder of the checkpoint that a run takes, as it is or to train it on; None if the model
+    is trained from scratch, or comes from the hub."""
     if isinstance(params.train, Scratch):
         return None
+    if isinstance(params.train, FineTuned):
+        return params.train.finetune.path
     checkpoint = params.train.checkpoint
     return checkpoint.path if isinstance(checkpoint, LocalCheckpoint) else None
 
@@ -125,7 +128,8 @@ def check_inputs(root: Path, run: str, params: RunParams) -> None:
     places = {"corpus.path": params.corpus.path, "query.path": params.query.path}
     checkpoint = checkpoint_path(params)
     if checkpoint is not None:
-        places["train.checkpoint.path"] = checkpoint
+        key = "finetune" if isinstance(params.train, FineTuned) else "checkpoint"
+        places[f"train.{key}.path"] = checkpoint
     for key, path in places.items():
         if not (root / path).exists():
             raise ValueError(

@@ -9,7 +9,7 @@ import huggingface_hub
 
 from tasks import store
 
-Source = Literal["checkpoint", "hub", "scratch"]
+Source = Literal["checkpoint", "hub", "scratch", "finetuned"]
 
 # What a checkpoint consists of: configuration, weights, tokenizer. Pictures, licences and
 # weights in other formats are neither fetched nor counted in its digest.
@@ -22,8 +22,8 @@ class ModelReference:
 
     Args:
         source: where it came from.
-        path: as recorded: relative to the project (checkpoint), to the stage's folder (scratch),
-            or a hub id (hub). None of them depends on the machine.
+        path: as recorded: relative to the project (checkpoint), to the stage's folder (scratch,
+            finetuned), or a hub id (hub). None of them depends on the machine.
         revision: the hub's commit; None elsewhere.
         folder: where its files lie on this machine.
         files: file name and sha256, sorted.
@@ -80,7 +80,7 @@ def read_reference(train: Path, root: Path) -> ModelReference:
     folder = (
         hub_snapshot(path, revision)
         if source == "hub"
-        else (train if source == "scratch" else root) / path
+        else (train if source in ("scratch", "finetuned") else root) / path
     )
     missing = [name for name in written["files"] if not (folder / name).is_file()]
     if missing:

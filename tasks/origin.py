@@ -31,8 +31,17 @@ class Checkpoint(Section):
     ]
 
 
-class Architecture(Section):
-    """A small model and how to train it from scratch on the run's corpus."""
+class Training(Section):
+    """How long and how fast to train on the run's corpus."""
+
+    steps: Count
+    batch: Count = Field(description="sequences a step")
+    learning_rate: float = Field(gt=0, le=1)
+    seed: Seed
+
+
+class Architecture(Training):
+    """A small model to train from scratch on the run's corpus."""
 
     architecture: Literal["gpt2", "llama"]
     width: Count = Field(description="width of the residual stream; a multiple of heads")
@@ -40,10 +49,6 @@ class Architecture(Section):
     heads: Count
     vocabulary: int = Field(ge=260, description="size of the byte-level BPE vocabulary")
     context: int = Field(ge=2, description="tokens")
-    steps: Count
-    batch: Count = Field(description="sequences a step")
-    learning_rate: float = Field(gt=0, le=1)
-    seed: Seed
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Architecture":
@@ -59,3 +64,18 @@ class Scratch(Section):
     """A model to train."""
 
     scratch: Architecture
+
+
+class Tuning(Training):
+    """A checkpoint and how to train it on: influence is then that of the run's corpus alone."""
+
+    path: Text = Field(description="folder with config.json, model.safetensors, tokenizer.json")
+    chat_template: Text | None = Field(
+        description="a Jinja template for `messages`; null: that of the checkpoint's tokenizer"
+    )
+
+
+class FineTuned(Section):
+    """A model that exists, trained on."""
+
+    finetune: Tuning

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 
 from tasks.complaints import complaints
 from tasks.material import Corpus, Tokenize
-from tasks.origin import Checkpoint, Scratch
+from tasks.origin import Checkpoint, FineTuned, Scratch
 from tasks.section import Count, Section, Seed, Text, by_key
 from tasks.yamlfile import read_yaml
 
@@ -187,8 +187,10 @@ class RunParams(Section):
     """One run."""
 
     train: Annotated[
-        Annotated[Checkpoint, Tag("<checkpoint>")] | Annotated[Scratch, Tag("<scratch>")],
-        by_key(checkpoint="<checkpoint>", scratch="<scratch>"),
+        Annotated[Checkpoint, Tag("<checkpoint>")]
+        | Annotated[FineTuned, Tag("<finetune>")]
+        | Annotated[Scratch, Tag("<scratch>")],
+        by_key(checkpoint="<checkpoint>", finetune="<finetune>", scratch="<scratch>"),
     ]
     corpus: Corpus
     tokenize: Tokenize

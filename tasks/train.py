@@ -1,19 +1,16 @@
-"""Stage `train`: link a checkpoint that exists, or train a small model from scratch.
+"""Stage `train`: link a checkpoint that exists, train one on, or a small model from scratch.
 
 A model trained here sees the very sequences that its influence is measured over. With
 tasks/models.py, the only door to transformers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tasks import store
 from tasks.checkpoints import (
@@ -23,7 +20,7 @@ from tasks.checkpoints import (
     hub_snapshot,
     write_reference,
 )
-from tasks.corpora import Corpus, documents, survey
+from tasks.corpora import Corpus, Document, documents, survey
 from tasks.models import (
     CausalLM,
     Tokenizer,
@@ -33,17 +30,16 @@ from tasks.models import (
     load_tokenizer,
     vocabulary_size,
 )
-from tasks.origin import Architecture, LocalCheckpoint, Scratch
-from tasks.seeded import seeded
+from tasks.origin import Architecture, FineTuned, LocalCheckpoint, Scratch, Training, Tuning
+from tasks.scratch import new_model, train_tokenizer
 from tasks.windows import cut_windows, encode
 from tasks.workspace import StageContext
 
-BOS, EOS = "<s>", "</s>"
 _IGNORED = -100  # the label that cross entropy passes over
 
 
 def run(context: StageContext) -> None:
-    """Write model.json; for a model trained here also checkpoint/ and train.json.
+    """Write model.json; for a model trained here, from scratch or on, also checkpoint/, train.json.
 
     Raises:
         ValueError: a checkpoint that is absent, is no causal language model, has no safetensors
@@ -54,6 +50,10 @@ def run(context: StageContext) -> None:
         checkpoint = context.out / "checkpoint"
         _from_scratch(context, given.scratch, checkpoint)
         reference = inspect_checkpoint(checkpoint, "scratch", checkpoint.name)
+    elif isinstance(given, FineTuned):
+        checkpoint = context.out / "checkpoint"
+        _fine_tune(context, given.finetune, checkpoint)
+        reference = inspect_checkpoint(checkpoint, "finetuned", checkpoint.name)
     elif isinstance(given.checkpoint, LocalCheckpoint):
         path = given.checkpoint.path
         try:
@@ -92,23 +92,60 @@ def inspect_checkpoint(
 
 
 def _from_scratch(context: StageContext, architecture: Architecture, checkpoint: Path) -> None:
-    params = context.params
-    corpus = Corpus.of(params.corpus, context.root)
-    survey(corpus)  # a bad line stops the run before the training, not in the middle of it
-    read = list(documents(corpus))
+    read = _read(context)
     tokenizer = train_tokenizer((document.text for document in read), architecture.vocabulary)
+    _train_on(
+        context, read, tokenizer, new_model(architecture, len(tokenizer)), architecture, checkpoint
+    )
+
+
+def _fine_tune(context: StageContext, tuning: Tuning, checkpoint: Path) -> None:
+    read, base = _read(context), context.input(tuning.path)
+    try:
+        model, tokenizer = load_model(base, "cpu", torch.float32), load_tokenizer(base)
+        check_tokenizer_fits(tokenizer, model)
+    except ValueError as error:
+        raise ValueError(f"train.finetune.path: {error}") from error
+    longest = context_length(model)
+    if longest is not None and context.params.tokenize.context > longest:
+        raise ValueError(
+            f"tokenize.context {context.params.tokenize.context} is longer than the {longest} "
+            f"positions of the model in train.finetune.path, {tuning.path}; lower it"
+        )
+    if tuning.chat_template is not None:
+        tokenizer.chat_template = tuning.chat_template
+    model.loss_type = "ForCausalLM"
+    _train_on(context, read, tokenizer, model.requires_grad_(True), tuning, checkpoint)
+
+
+def _read(context: StageContext) -> list[Document]:
+    """The corpus; a bad line stops the run before the training, not in the middle of it."""
+    corpus = Corpus.of(context.params.corpus, context.root)
+    survey(corpus)
+    return list(documents(corpus))
+
+
+def _train_on(
+    context: StageContext,
+    read: Sequence[Document],
+    tokenizer: Tokenizer,
+    model: CausalLM,
+    training: Training,
+    checkpoint: Path,
+) -> None:
+    """Train on the very sequences that the stage `tokenize` will make; write the checkpoint."""
+    params = context.params
     tokens = encode(tokenizer, read, params.tokenize.bos, params.tokenize.eos)
     windows = cut_windows(
         [document.id for document in read], tokens, params.tokenize.mode, params.tokenize.context
     )
     ends = windows.offsets[1:-1]
     sequences = np.split(windows.tokens, ends)
-    model = new_model(architecture, len(tokenizer))
     losses = train_model(
         model,
         sequences,
         np.split(windows.supervised, ends),
-        architecture,
+        training,
         context.work / "trainer",
         params.runtime.device,
     )
@@ -117,7 +154,7 @@ def _from_scratch(context: StageContext, architecture: Architecture, checkpoint:
     store.write_json(
         context.out / "train.json",
         {
-            **architecture.model_dump(),
+            **training.model_dump(),
             "vocabulary": len(tokenizer),
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
             "num_sequences": len(sequences),
@@ -127,91 +164,11 @@ def _from_scratch(context: StageContext, architecture: Architecture, checkpoint:
     )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE tokenizer; its special tokens are <s> (0) and </s> (1).
-
-    Bytes can write any text, so it needs no unknown token. Where the corpus has too few pairs to
-    merge, the vocabulary stays smaller than asked for.
-    """
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=[BOS, EOS],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=BOS, eos_token=EOS
-    )
-
-
-def new_model(architecture: Architecture, vocabulary: int) -> CausalLM:
-    """A model with random weights, the same for the same seed; no dropout, and a tied head.
-
-    The MLP is four times as wide as the residual stream in GPT-2 and, having three matrices, the
-    usual 8/3 in Llama.
-    """
-    size: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": architecture.width,
-        "num_hidden_layers": architecture.layers,
-        "num_attention_heads": architecture.heads,
-        "max_position_embeddings": architecture.context,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-    }
-    if architecture.architecture == "gpt2":
-        config: transformers.PreTrainedConfig = transformers.GPT2Config(
-            **size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-        )
-    else:
-        config = transformers.LlamaConfig(
-            **size, intermediate_size=8 * -(-architecture.width // 3), pad_token_id=None
-        )
-    with seeded(architecture.seed):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    # GPT-2's class name tells transformers no loss type. It then takes this one all the same, but
-    # its Trainer divides by one token a sequence too many.
-    model.loss_type = "ForCausalLM"
-    return model
-
-
-def new_gpt2(
-    *, vocabulary: int, context: int, blocks: int, width: int, heads: int, hidden: int, seed: int
-) -> CausalLM:
-    """A GPT-2 with random weights for a benchmark, the same for the same seed; no dropout.
-
-    Attention is plain matrix products: fused kernels have no forward-mode derivative.
-    """
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=context,
-        n_embd=width,
-        n_layer=blocks,
-        n_head=heads,
-        n_inner=hidden,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    with seeded(seed):
-        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-
-
 def train_model(
     model: CausalLM,
     sequences: Sequence[NDArray[np.int32]],
     supervised: Sequence[NDArray[np.bool_]],
-    architecture: Architecture,
+    training: Training,
     work: Path,
     device: str,
 ) -> list[dict[str, float]]:
@@ -222,14 +179,14 @@ def train_model(
     """
     arguments = transformers.TrainingArguments(
         output_dir=str(work),
-        max_steps=architecture.steps,
-        per_device_train_batch_size=architecture.batch,
-        learning_rate=architecture.learning_rate,
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch,
+        learning_rate=training.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=architecture.steps // 20,
-        seed=architecture.seed % 2**32,  # the range of NumPy's generator, which is seeded too
+        warmup_steps=training.steps // 20,
+        seed=training.seed % 2**32,  # the range of NumPy's generator, which is seeded too
         use_cpu=device == "cpu" or not torch.cuda.is_available(),
-        logging_steps=max(1, architecture.steps // 50),
+        logging_steps=max(1, training.steps // 50),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

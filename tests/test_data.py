@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FIELDS = {"name", "prompt", "completion", "source", "category", "note"}
-EMBEDDED = ("models", "tinystories", "uci", "mnist")
+EMBEDDED = ("models", "tinystories", "uci", "mnist", "wikipedia", "dialogue")
 STORIES = {"first1000": 1000, "val_slice": 3117, "test_slice": 3118}
 
 
@@ -56,6 +56,18 @@ def test_stories_have_an_id_of_their_own_and_text(root: Path):
     rows = [row for part in stories.values() for row in part]
     assert all(row["text"].strip() for row in rows)
     assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
+
+
+def test_articles_name_their_page_and_conversations_end_with_an_answer(root: Path):
+    articles = json_lines(root / "data/wikipedia/core.jsonl.gz")
+    assert len({row["id"] for row in articles}) == len(articles) == 178
+    assert all(row["url"].startswith("https://en.wikipedia.org/") for row in articles)
+    assert all(row["title"] and row["text"].strip() for row in articles)
+    conversations = json_lines(root / "data/dialogue/dolly.jsonl.gz")
+    assert len({row["id"] for row in conversations}) == len(conversations) == 504
+    assert {tuple(turn["role"] for turn in row["messages"]) for row in conversations} == {
+        ("user", "assistant")
+    }
 
 
 @pytest.mark.parametrize(("name", "rows", "columns"), [("concrete", 1030, 9), ("energy", 768, 9)])

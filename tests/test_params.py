@@ -82,7 +82,11 @@ def test_params_are_values(root):
         ("query.damping", 0.1, "`query.damping`: given 0.1"),
         ("filter.method", "bm25", "`filter`: .*wanted one of method: tfidf or method: none"),
         ("filter", {"method": "none", "top": 3}, "`filter.top` is unknown; remove it"),
-        ("train", {"checkpoints": {}}, "`train`: .*wanted one of checkpoint or scratch"),
+        (
+            "train",
+            {"checkpoints": {}},
+            "`train`: .*wanted one of checkpoint or finetune or scratch",
+        ),
         ("train.checkpoint", {"hub": "a/b", "revision": "main"}, "full sha of a commit"),
         (
             "train.checkpoint",

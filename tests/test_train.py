@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import store, tokenize, train
+from tasks import scratch, store, tokenize, train
 from tasks.checkpoints import read_reference
 from tasks.models import generate_greedy, load_model, load_tokenizer
+from tasks.origin import Architecture
 from tasks.sequences import TokenStore
 from tests.small_run import MODEL, run_stage, write_lines
 
@@ -113,7 +114,7 @@ def test_bad_checkpoints_stop_the_stage(tmp_path):
 
 def test_tokenizer_of_another_model_stops_the_stage(tmp_path):
     mixed = Path(shutil.copytree(MODEL, tmp_path / "mixed"))
-    train.train_tokenizer(
+    scratch.train_tokenizer(
         [" ".join(f"{n:x}{n * 7:o}" for n in range(3000))], vocabulary=700
     ).save_pretrained(mixed)
     with pytest.raises(ValueError, match=r"does not fit the model: .* up to 699 .* has 512"):
@@ -154,10 +155,8 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_first_loss_is_the_mean_over_targets_of_the_untrained_model(architecture, tmp_path):
     # 0.984 of it (63/64) when the first token of each sequence is counted as a target.
-    settings = train.Architecture(
-        **SCRATCH | {"architecture": architecture, "steps": 1, "batch": 4}
-    )
-    model = train.new_model(settings, 300)
+    settings = Architecture(**SCRATCH | {"architecture": architecture, "steps": 1, "batch": 4})
+    model = scratch.new_model(settings, 300)
     rows = [np.arange(n, n + 32, dtype=np.int32) for n in (0, 50, 100)]
     rows.append(np.arange(8, dtype=np.int32))  # padded in the batch
     rows.append(np.arange(1, dtype=np.int32))  # nothing to predict: left out
@@ -180,12 +179,12 @@ def test_scratch_training_leaves_the_global_generator_of_model_building_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    train.new_model(train.Architecture(**SCRATCH), 300)
+    scratch.new_model(Architecture(**SCRATCH), 300)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_scratch_tokenizer_writes_any_text_and_knows_its_special_tokens():
-    tokenizer = train.train_tokenizer(["hello hello"], vocabulary=270)
+    tokenizer = scratch.train_tokenizer(["hello hello"], vocabulary=270)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     text = "héllo 🙂\n한"
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -207,3 +206,87 @@ def test_bad_corpus_stops_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_model", lambda *_: pytest.fail("training began"))
     with pytest.raises(ValueError, match=r"corpus\.jsonl:25: no field 'text'"):
         run_stage(tmp_path, "train", train, train={"scratch": SCRATCH}, tokenize=SHORT)
+
+
+# --- trained on ----------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A:"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+CHATS = [
+    {
+        "id": str(n),
+        "messages": [
+            {"role": "user", "content": f"Where sat the {word}?"},
+            {"role": "assistant", "content": f"On the {other}."},
+        ],
+    }
+    for n, (word, other) in enumerate([("cat", "mat"), ("dog", "log"), ("hen", "pen")] * 8)
+]
+CHAT_CORPUS = {"path": "chats.jsonl", "messages": "messages", "id": "id", "limit": None}
+
+
+def tuned(root: Path, base: Path | str, context: int = 32, **tuning) -> Path:
+    write_lines(root / "chats.jsonl", CHATS)
+    finetune = {"path": str(base), "chat_template": TEMPLATE, "steps": 40, "batch": 8}
+    finetune |= {"learning_rate": 1e-2, "seed": 0} | tuning
+    return run_stage(
+        root,
+        "train",
+        train,
+        train={"finetune": finetune},
+        tokenize=SHORT | {"bos": False, "eos": False, "context": context},
+        corpus=CHAT_CORPUS,
+    )
+
+
+def test_a_fine_tuned_model_answers_as_its_conversations_do(tmp_path):
+    base = trained(tmp_path / "base") / "checkpoint"
+    folder = tuned(tmp_path, base)
+    reference = read_reference(folder, tmp_path)
+    assert (reference.source, reference.path) == ("finetuned", "checkpoint")
+    assert store.read_json(folder / "train.json")["steps"] == 40
+
+    model, tokenizer = (
+        load_model(reference.folder, "cpu", torch.float32),
+        load_tokenizer(reference.folder),
+    )
+    asked = tokenizer.apply_chat_template(CHATS[1]["messages"][:1], tokenize=False)
+    answer = generate_greedy(model, tokenizer.encode(asked), 30, tokenizer.eos_token_id)
+    assert tokenizer.decode(answer) == " On the log."
+
+
+def test_fine_tuning_teaches_what_the_assistant_says_alone(tmp_path):
+    folder = tuned(tmp_path, trained(tmp_path / "base") / "checkpoint", steps=1, batch=len(CHATS))
+    tokenizer = load_tokenizer(folder / "checkpoint")
+    base = load_model(tmp_path / "base/artifacts/small/train/checkpoint", "cpu", torch.float32)
+    total = count = 0
+    for chat in CHATS:
+        asked = tokenizer.apply_chat_template(chat["messages"][:1], tokenize=False)
+        whole = tokenizer.apply_chat_template(chat["messages"], tokenize=False)
+        tokens, first = tokenizer.encode(whole), len(tokenizer.encode(asked))
+        logs = base(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        said = range(first, len(tokens))
+        total -= sum(float(logs[at - 1, tokens[at]]) for at in said)
+        count += len(said)
+    [first_loss] = store.read_json(folder / "train.json")["losses"]
+    assert first_loss["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_fine_tuning_leaves_its_base_as_it_was(tmp_path):
+    base = trained(tmp_path / "base") / "checkpoint"
+    before = {file.name: store.digest(file) for file in base.iterdir()}
+    tuned(tmp_path, base, steps=1)
+    assert {file.name: store.digest(file) for file in base.iterdir()} == before
+
+
+def test_fine_tuning_names_what_is_wrong_with_its_base(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.finetune\.path: .*no checkpoint there"):
+        tuned(tmp_path, "nowhere")
+
+
+def test_fine_tuning_refuses_windows_longer_than_the_model_reads(tmp_path):
+    base = trained(tmp_path / "base", context=32) / "checkpoint"
+    with pytest.raises(ValueError, match=r"tokenize\.context 64 .* 32 positions"):
+        tuned(tmp_path, base, context=64)

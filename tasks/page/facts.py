@@ -63,6 +63,12 @@ class Facts:
     digests: tuple[tuple[str, str], ...]
 
 
+_KINDS = {
+    "scratch": "trained from scratch on this corpus",
+    "finetuned": "trained on, on this corpus",
+}
+
+
 def facts(evidence: Evidence) -> Facts:
     """The header of a page about `evidence`."""
     summary = evidence.summary
@@ -71,7 +77,7 @@ def facts(evidence: Evidence) -> Facts:
         run=evidence.run,
         title=evidence.title,
         model=str(model["source"]),
-        kind="trained from scratch on this corpus" if model.get("kind") == "scratch" else "",
+        kind=_KINDS.get(model.get("kind"), ""),
         num_parameters=_count(model.get("parameters")),
         corpus=str(corpus["path"]),
         num_documents=_count(corpus.get("num_documents")),

@@ -18,7 +18,7 @@ from influence.examples import Batch, ExampleBatch
 from influence.likelihoods import Gaussian, Softmax
 from influence.sequences import TokenBatch
 from tasks.corpora import Corpus, documents
-from tasks.train import train_tokenizer
+from tasks.scratch import train_tokenizer
 from tasks.validation.images import read_images
 from tasks.validation.settings import Data, Digits, Images, Story, Table
 from tasks.windows import cut_windows, encode

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.sequences import TokenBatch
+from tasks.scratch import new_gpt2
 from tasks.seeded import seeded
-from tasks.train import new_gpt2
 from tasks.validation.datasets import Splits
 from tasks.validation.settings import Network, Perceptron, ResNet, Transformer
 
