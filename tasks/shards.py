@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,17 @@ def map_shards(
     else:
         _run_threads(jobs, progress)
     return [job.path for job in jobs]
+
+
+@contextmanager
+def watched(context: Context, items: str, num_items: int) -> Iterator[Callable[[int], None]]:
+    """Progress of work that is not in shards: yields what is told how many more items are done."""
+    in_flow = shardtasks.inside_flow()
+    tell = shardtasks.tell_flow if in_flow else say
+    progress = Progress(f"{context.stage} {items}", [num_items], tell, items=items)
+    with kept_bar(progress, bar_key(context)) if in_flow else nullcontext():
+        yield partial(progress.tick, 0)
+        progress.shard_done(0, cached=False)
 
 
 def bar_key(context: Context) -> str:

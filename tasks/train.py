@@ -4,8 +4,10 @@ A model trained here sees the very sequences that its influence is measured over
 tasks/models.py, the only door to transformers.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +34,11 @@ from tasks.models import (
 )
 from tasks.origin import Architecture, FineTuned, LocalCheckpoint, Scratch, Training, Tuning
 from tasks.scratch import new_model, train_tokenizer
+from tasks.shards import watched
 from tasks.windows import cut_windows, encode
 from tasks.workspace import StageContext
 
+SAVE_STEPS = 100  # of a training, what is lost at most when it is killed
 _IGNORED = -100  # the label that cross entropy passes over
 
 
@@ -141,14 +145,16 @@ def _train_on(
     )
     ends = windows.offsets[1:-1]
     sequences = np.split(windows.tokens, ends)
-    losses = train_model(
-        model,
-        sequences,
-        np.split(windows.supervised, ends),
-        training,
-        context.work / "trainer",
-        params.runtime.device,
-    )
+    with watched(context, "steps", training.steps) as tick:
+        losses = train_model(
+            model,
+            sequences,
+            np.split(windows.supervised, ends),
+            training,
+            context.work / "trainer",
+            params.runtime.device,
+            tick,
+        )
     tokenizer.save_pretrained(checkpoint)
     model.save_pretrained(checkpoint)
     store.write_json(
@@ -171,8 +177,11 @@ def train_model(
     training: Training,
     work: Path,
     device: str,
+    tick: Callable[[int], None] = lambda _steps: None,
 ) -> list[dict[str, float]]:
-    """Train in place with AdamW, a short warm-up and a cosine decay.
+    """Train in place with AdamW, a short warm-up and a cosine decay; `tick` is told of steps done.
+
+    The Trainer's own checkpoints in `work` let a killed training go on, to the same weights.
 
     Returns:
         The mean loss, nats a token, since the step before, at about fifty steps.
@@ -187,7 +196,8 @@ def train_model(
         seed=training.seed % 2**32,  # the range of NumPy's generator, which is seeded too
         use_cpu=device == "cpu" or not torch.cuda.is_available(),
         logging_steps=max(1, training.steps // 50),
-        save_strategy="no",
+        save_steps=SAVE_STEPS,
+        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -206,12 +216,36 @@ def train_model(
         data_collator=_collate,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    trainer.add_callback(_Ticks(tick))
+    trainer.train(resume_from_checkpoint=_resumable(work))
     return [
         {"step": entry["step"], "loss": entry["loss"]}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+
+
+def _resumable(work: Path) -> str | None:
+    """The Trainer's last whole checkpoint; what a kill left half-written is removed."""
+    folders = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    for folder in reversed(folders):
+        if (folder / "trainer_state.json").is_file():  # written last
+            return str(folder)
+        shutil.rmtree(folder)
+    return None
+
+
+class _Ticks(transformers.TrainerCallback):
+    """Counts steps, those of a training that goes on at once."""
+
+    def __init__(self, tick: Callable[[int], None]) -> None:
+        self._tick = tick
+        self._told = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One step more."""
+        self._tick(state.global_step - self._told)
+        self._told = state.global_step
 
 
 def _collate(rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:

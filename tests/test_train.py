@@ -208,6 +208,36 @@ def test_bad_corpus_stops_before_training(tmp_path, monkeypatch):
         run_stage(tmp_path, "train", train, train={"scratch": SCRATCH}, tokenize=SHORT)
 
 
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_STEPS", 4)
+    settings = Architecture(**SCRATCH | {"steps": 12, "batch": 2})
+    rows = [np.arange(n, n + 16, dtype=np.int32) for n in range(0, 200, 20)]
+    targets = [np.ones(16, dtype=bool)] * len(rows)
+
+    def learn(work: Path, tick) -> tuple[dict, list]:
+        model = scratch.new_model(settings, 300)
+        losses = train.train_model(model, rows, targets, settings, work, "cpu", tick)
+        return model.state_dict(), losses
+
+    def kill_at_ten(_steps: int) -> None:
+        done.append(_steps)
+        if sum(done) == 10:
+            raise KeyboardInterrupt
+
+    done: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "killed", kill_at_ten)
+    broken = tmp_path / "killed/checkpoint-9"  # as a kill in the middle of writing leaves it
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    ticks: list[int] = []
+    resumed, losses = learn(tmp_path / "killed", ticks.append)
+    assert ticks == [9, 1, 1, 1]  # from the checkpoint of step 8
+    whole, expected = learn(tmp_path / "whole", lambda _steps: None)
+    assert losses == expected
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
 # --- trained on ----------------------------------------------------------------------------------
 
 TEMPLATE = (
