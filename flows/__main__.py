@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     show = commands.choices["top"]
     show.add_argument("query", nargs="?", help="only queries whose name contains this")
     show.add_argument("--limit", type=int, default=5, help="sequences of each sign")
+    show.add_argument("--duplicates", action="store_true", help="show near duplicates as well")
     deps = command("deps", run_deps, "compare deps and params in each dvc.yaml with the code")
     deps.add_argument("--write", action="store_true", help="rewrite them")
     gc.add_options(command("gc", gc.run_gc, "remove what no stage will use again"))
@@ -140,7 +141,7 @@ def run_deps(root: Path, given: argparse.Namespace) -> int:
 
 def run_top(root: Path, given: argparse.Namespace) -> int:
     """Print the top sequences."""
-    for line in top_lines(root, given.run, given.query, given.limit):
+    for line in top_lines(root, given.run, given.query, given.limit, given.duplicates):
         say(line)
     return 0
 

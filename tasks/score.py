@@ -11,6 +11,8 @@ from influence.statistics import pearson
 from influence.tokens import rescore
 from tasks import store
 from tasks.attributed import PassReference
+from tasks.duplicates import duplicate_groups
+from tasks.models import load_tokenizer
 from tasks.prepared import (
     EKFAC,
     described_query,
@@ -22,7 +24,7 @@ from tasks.provenance import header
 from tasks.ranking import Influences, ranks, read_influences
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, shards_of, split
-from tasks.tables import write_scores, write_self_influence, write_top
+from tasks.tables import write_duplicates, write_scores, write_self_influence, write_top
 from tasks.workspace import StageContext
 
 
@@ -35,7 +37,7 @@ class Pair:
 
 
 def run(context: StageContext) -> None:
-    """Write scores.parquet, top.parquet, summary.json and, if asked for, self_influence.parquet."""
+    """Write scores, top, duplicates, summary and, if asked for, self-influence."""
     reference = PassReference.of(context)
     corpus = store.read_json(context.artifact("tokenize") / "summary.json")
     influences = read_influences(context.artifact("stream"), corpus["num_sequences"])
@@ -47,11 +49,35 @@ def run(context: StageContext) -> None:
     write_scores(context, influences, ranks(influences.scores))
     if influences.self_influence is not None:
         write_self_influence(context, influences.rows, influences.self_influence)
-    write_top(context, reference, influences, pairs, full)
-    agreement = full_rank_agreement(influences, full, controls)
-    store.write_json(
-        context.out / "summary.json", {**header(context, reference), "rescore": agreement}
+    groups = find_duplicates(context, reference, influences.rows.tolist())
+    write_duplicates(context, groups)
+    write_top(context, reference, influences, pairs, full, groups)
+    summary = {
+        **header(context, reference),
+        "rescore": full_rank_agreement(influences, full, controls),
+        "duplicates": count_duplicates(groups),
+    }
+    store.write_json(context.out / "summary.json", summary)
+
+
+def find_duplicates(
+    context: StageContext, reference: PassReference, rows: list[int]
+) -> dict[int, int]:
+    """For each candidate the first of the corpus, among them, that says the same."""
+    tokens = TokenStore.open(context.artifact("tokenize"))
+    tokenizer = load_tokenizer(reference.model.folder)
+    texts = (
+        tokenizer.decode(tokens.row_tokens(row).tolist(), skip_special_tokens=True) for row in rows
     )
+    return dict(zip(rows, (rows[place] for place in duplicate_groups(texts)), strict=True))
+
+
+def count_duplicates(groups: dict[int, int]) -> dict[str, int]:
+    """Candidates, and how many of them repeat an earlier one."""
+    return {
+        "num_candidates": len(groups),
+        "num_repeated": sum(row != first for row, first in groups.items()),
+    }
 
 
 def top_pairs(influences: Influences, k: int) -> list[Pair]:

@@ -47,6 +47,11 @@ def shared_spans(text: str, reference: str, min_words: int = 3) -> list[Span]:
     return spans
 
 
+def words(text: str) -> list[str]:
+    """The words of a text in its order, whatever their case."""
+    return [_folded(found.group()) for found in _WORD.finditer(text)]
+
+
 def covered(spans: Iterable[Span]) -> list[Span]:
     """The same characters as disjoint ranges in order."""
     joined: list[Span] = []
@@ -66,11 +71,15 @@ class _Words(NamedTuple):
     @classmethod
     def of(cls, text: str) -> "_Words":
         places = [Span(*found.span()) for found in _WORD.finditer(text)]
-        words = [text[start:stop].casefold().replace("’", "'") for start, stop in places]
+        words = [_folded(text[start:stop]) for start, stop in places]
         gaps = [
             _SPACE.sub(" ", text[before.stop : after.start]) for before, after in pairwise(places)
         ]
         return cls(words, gaps, places)
+
+
+def _folded(word: str) -> str:
+    return word.casefold().replace("’", "'")
 
 
 def _run(ours: _Words, first: int, theirs: _Words, at: int) -> int:

@@ -1,6 +1,8 @@
-"""Tables for programs: every candidate's scores and self-influence, and the top by token."""
+"""Tables for programs: candidates with scores, self-influence and duplicates; the top by token."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,6 +33,12 @@ SELF_INFLUENCE = {
     "self_influence": "float64",
     "rank": "int64",
 }
+DUPLICATES = {
+    "row": "int64",
+    "key": "int64",
+    "sequence": "string",
+    "group": "int64",
+}
 TOP = {
     "query": "string",
     "sign": "string",
@@ -38,6 +46,7 @@ TOP = {
     "row": "int64",
     "key": "int64",
     "sequence": "string",
+    "group": "int64",
     "documents": "list<string>",
     "metadata": "string",
     "influence": "float64",
@@ -93,12 +102,28 @@ def write_self_influence(
     )
 
 
+def write_duplicates(context: StageContext, groups: Mapping[int, int]) -> None:
+    """The candidates that have duplicates: one row each, by the first row of their group."""
+    sizes = Counter(groups.values())
+    rows = sorted((row for row in groups if sizes[groups[row]] > 1), key=lambda r: (groups[r], r))
+    folder = context.artifact("tokenize") / "sequences.parquet"
+    sequences = store.read_table(folder, ["key", "sequence"])
+    columns = {
+        "row": rows,
+        "key": [sequences["key"][row].as_py() for row in rows],
+        "sequence": [sequences["sequence"][row].as_py() for row in rows],
+        "group": [groups[row] for row in rows],
+    }
+    store.write_table(context.out / "duplicates.parquet", columns, DUPLICATES)
+
+
 def write_top(
     context: StageContext,
     reference: PassReference,
     influences: Influences,
     pairs: list,
     full: dict[str, Tensor],
+    groups: Mapping[int, int],
 ) -> None:
     """The top of each query and sign, ordered by the full-rank score."""
     folder = context.artifact("tokenize")
@@ -118,6 +143,7 @@ def write_top(
             for rank, row in enumerate(signed[: context.params.score.top], start=1):
                 grid = full[f"{row}/{q}"].float()
                 sequence = sequences[row]
+                goes_on = sequence["sequence"] != sequence["documents"][0]
                 records.append(
                     {
                         "query": name,
@@ -126,15 +152,14 @@ def write_top(
                         "row": row,
                         "key": sequence["key"],
                         "sequence": sequence["sequence"],
+                        "group": groups[row],
                         "documents": sequence["documents"],
                         "metadata": _metadata(metadata, sequence["documents"]),
                         "influence": totals[row],
                         "influence_low_rank": float(influences.of(EKFAC)[q, place[row]]),
                         "layers": grid.sum(dim=1).tolist(),
                         "tokens": decode_pieces(
-                            tokenizer,
-                            tokens.row_tokens(row).tolist(),
-                            sequence["sequence"] != sequence["documents"][0],
+                            tokenizer, tokens.row_tokens(row).tolist(), goes_on
                         ),
                         "token_influence": grid.sum(dim=0).tolist(),
                         "layer_token_influence": grid.tolist(),

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
+from tasks.grouped import Group, grouped
 from tasks.workspace import ARTIFACTS
 
-COLUMNS = ["query", "sign", "rank", "sequence", "influence", "tokens", "token_influence"]
+COLUMNS = [
+    "query", "sign", "rank", "sequence", "group", "influence", "tokens", "token_influence"
+]  # fmt: skip
 LEAD = 0.4  # of a snippet that stands before its strongest token
 
 
-def top_lines(root: Path, run: str, query: str | None = None, limit: int = 5) -> Iterator[str]:
+def top_lines(
+    root: Path, run: str, query: str | None = None, limit: int = 5, duplicates: bool = False
+) -> Iterator[str]:
     """The highest and lowest sequences of each query whose name contains `query`.
+
+    A group of duplicates is one line, that of its first; with `duplicates` the others stand below.
 
     Raises:
         ValueError: if the run has no scores, or no query of that name.
@@ -30,9 +37,11 @@ def top_lines(root: Path, run: str, query: str | None = None, limit: int = 5) ->
     for name in names:
         yield ""
         yield f"{name}: {flat(asked[name]['prompt'])} → {said(asked[name])}"
-        chosen = [row for row in rows if row["query"] == name and row["rank"] <= limit]
-        for _, signed in groupby(chosen, key=lambda row: row["sign"]):
-            yield from (line(row, width) for row in signed)
+        asked_for = (row for row in rows if row["query"] == name)
+        for _, signed in groupby(asked_for, key=lambda row: row["sign"]):
+            for group in grouped(signed)[:limit]:
+                yield line(group.first, width, more(group))
+                yield from (f"  {line(row, width - 2)}" for row in group.others if duplicates)
 
 
 def said(query: Mapping[str, Any]) -> str:
@@ -43,22 +52,31 @@ def said(query: Mapping[str, Any]) -> str:
 
 def top_rows(root: Path, run: str, limit: int) -> Iterator[dict[str, Any]]:
     """The highest and lowest sequences of every query, a row each, for a table."""
-    folder = root / ARTIFACTS / run / "score"
-    for row in store.read_table(folder / "top.parquet", COLUMNS).to_pylist():
-        if row["rank"] <= limit:
+    rows = store.read_table(root / ARTIFACTS / run / "score" / "top.parquet", COLUMNS).to_pylist()
+    for _, signed in groupby(rows, key=lambda row: (row["query"], row["sign"])):
+        for group in grouped(signed)[:limit]:
+            row = group.first
             yield {
                 "query": row["query"],
                 "rank": f"{'+' if row['influence'] >= 0 else '−'}{row['rank']}",
                 "influence": float(f"{row['influence']:.4g}"),
                 "sequence": row["sequence"],
+                "near duplicates": len(group.others),
                 "text": snippet(row["tokens"], row["token_influence"], 100),
             }
 
 
-def line(row: dict[str, Any], width: int) -> str:
+def more(group: Group) -> str:
+    """How many of the top say the same; nothing where none does."""
+    count = len(group.others)
+    return f"  (+{count} near duplicate{'s' if count > 1 else ''})" if count else ""
+
+
+def line(row: Mapping[str, Any], width: int, tail: str = "") -> str:
     """Influence, id and the part of the text around the token that did most."""
     head = f"  {row['influence']:+10.2e}  {row['sequence']:<16}  "
-    return head + snippet(row["tokens"], row["token_influence"], max(20, width - len(head)))
+    room = max(20, width - len(head) - len(tail))
+    return head + snippet(row["tokens"], row["token_influence"], room) + tail
 
 
 def snippet(tokens: list[str], influence: list[float], width: int) -> str:

@@ -72,6 +72,7 @@ DOORS = {
     "sklearn": ("tasks/validation/datasets.py",),
     "PIL": ("tasks/validation/images.py",),
     "bm25s": ("tasks/baselines.py", "tasks/validation/similarity.py"),
+    "datasketch": ("tasks/duplicates.py",),
     "jinja2": ("tasks/report.py", "tasks/page/*.py"),
     "markupsafe": ("tasks/report.py", "tasks/page/*.py"),
 }

@@ -43,6 +43,7 @@ TOP_SCHEMA = {
     "row": "int64",
     "key": "int64",
     "sequence": "string",
+    "group": "int64",
     "documents": "list<string>",
     "metadata": "string",
     "influence": "float64",
@@ -113,6 +114,7 @@ def row(
         "row": 10 * rank + (sign == "-"),
         "key": 7_000 + rank,
         "sequence": f"ts-{rank}@0",
+        "group": 10 * rank + (sign == "-"),
         "documents": [f"ts-{rank}"],
         "metadata": json.dumps({"split": "train"}),
         "influence": flip * 0.004 / rank,
@@ -480,6 +482,18 @@ def test_neighbours_come_by_rank_and_no_more_than_asked() -> None:
     assert [one["id"] for one in page.all("article")] == [
         *(f"q1p{rank}" for rank in range(1, 5)), *(f"q1n{rank}" for rank in range(1, 5)),
     ]  # fmt: skip
+
+
+def test_near_duplicates_are_one_entry_with_the_others_folded_below_it() -> None:
+    alike = [row(rank=1), row(rank=2, group=7), row(rank=3, group=10), row(rank=4, group=10)]
+    page = Page(document(evidence(*alike, row(rank=5)), 2))
+    assert [one["id"] for one in page.all("article")] == ["q1p1", "q1p3", "q1p4", "q1p2"]
+    assert ["duplicates" in one["inside"] for one in page.all("article")] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    [folded] = page.all("details", "duplicates")
+    assert "open" not in folded
+    assert "+2 near duplicates +0.00133 to +0.00100" in " ".join(folded["text"].split())
 
 
 @pytest.mark.parametrize(("sparsity", "flagged"), [(0.67, True), (2 / 3, False), (0.2, False)])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tasks import store
 from tasks.params import load_params
 from tasks.store import StorageError
-from tasks.terminal import flat, said, snippet
+from tasks.terminal import flat, said, snippet, top_lines, top_rows
 from tasks.workspace import StageContext, find_root, outer_root, prepare, publish
 
 
@@ -96,3 +97,34 @@ def test_a_text_on_one_line_and_short_enough_is_shown_whole():
 def test_a_query_is_told_with_what_it_is_held_against():
     assert said({"completion": " cat."}) == said({"completion": " cat.", "contrast": None})
     assert said({"completion": " cat.", "contrast": " dog."}).endswith("(rather than dog.)")
+
+
+TOP = {
+    "query": "string", "sign": "string", "rank": "int64", "sequence": "string", "group": "int64",
+    "influence": "float64", "tokens": "list<string>", "token_influence": "list<float>",
+}  # fmt: skip
+
+
+def test_a_group_of_duplicates_is_one_line_and_opens_on_demand(context):
+    folder = context.root / "artifacts" / context.run
+    groups = (4, 4, 9, 4, 2)
+    rows = [
+        ("park", "+", rank, f"ts-{rank}", group, 1 / rank, ["a story"], [1.0])
+        for rank, group in enumerate(groups, start=1)
+    ]
+    columns = dict(zip(TOP, map(list, zip(*rows, strict=True)), strict=True))
+    store.write_table(folder / "score/top.parquet", columns, TOP)
+    query = {"name": "park", "prompt": "To the", "completion": " park"}
+    store.write_json(folder / "query/queries.json", [query])
+
+    def shown(**more):
+        lines = list(top_lines(context.root, context.run, limit=2, **more))[3:]
+        return [(line.split()[1], "near duplicate" in line) for line in lines]
+
+    assert shown() == [("ts-1", True), ("ts-3", False)]
+    assert shown(duplicates=True) == [
+        ("ts-1", True), ("ts-2", False), ("ts-4", False), ("ts-3", False),
+    ]  # fmt: skip
+    assert [
+        (row["sequence"], row["near duplicates"]) for row in top_rows(context.root, context.run, 2)
+    ] == [("ts-1", 2), ("ts-3", 0)]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.grouped import Group, grouped
+
 Row = Mapping[str, Any]
 
 
@@ -53,10 +55,10 @@ class Evidence:
                 raise ValueError(f"{where}: an influence is not finite; rerun `stream` and `score`")
         return self
 
-    def neighbours(self, query: str, sign: str, most: int) -> list[Row]:
-        """The first `most` rows of a query on one side ("+" or "-"), by rank."""
-        rows = [row for row in self.top if row["query"] == query and row["sign"] == sign]
-        return sorted(rows, key=lambda row: row["rank"])[:most]
+    def neighbours(self, query: str, sign: str, most: int) -> list[Group]:
+        """The first `most` groups of duplicates of a query on one side ("+" or "-"), by rank."""
+        rows = (row for row in self.top if row["query"] == query and row["sign"] == sign)
+        return grouped(rows)[:most]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from tasks.grouped import Group
 from tasks.page.evidence import Baselines, Evidence, Row
 from tasks.page.numbers import Nats, change_in_probability, plain, ratio
 from tasks.page.pictures import Rows, Strip, layer_strip, profile, token_map
@@ -42,6 +43,7 @@ class Neighbour:
     low_rank: str
     sparsity: str
     spurious: bool
+    duplicates: tuple["Neighbour", ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,13 @@ class _Scale:
 def _query_view(frame: _Frame, query: Row, number: int) -> QueryView:
     name, prompt, anchor = query["name"], query["prompt"], f"q{number}"
     sides = [frame.evidence.neighbours(name, sign, frame.most) for sign in "+-"]
-    scores = [row["influence"] for side in sides for row in side]
+    scores = [
+        row["influence"] for side in sides for group in side for row in (group.first, *group.others)
+    ]
     largest = max(map(abs, scores), default=0.0)
     scale = _Scale(prompt + query["completion"], largest, Nats.of(largest, frame.exponent))
     positive, negative = (
-        tuple(_neighbour(frame, scale, row, f"{anchor}{mark}{row['rank']}") for row in side)
+        tuple(_neighbour(frame, scale, group, f"{anchor}{mark}") for group in side)
         for side, mark in zip(sides, "pn", strict=True)
     )
     cut = max(0, len(prompt) - _LONG_PROMPT)
@@ -144,8 +148,8 @@ def _query_view(frame: _Frame, query: Row, number: int) -> QueryView:
     )
 
 
-def _neighbour(frame: _Frame, scale: _Scale, row: Row, anchor: str) -> Neighbour:
-    nats = scale.nats
+def _neighbour(frame: _Frame, scale: _Scale, group: Group, side: str) -> Neighbour:
+    nats, row = scale.nats, group.first
     tokens, influence = list(row["tokens"]), [float(value) for value in row["token_influence"]]
     text = "".join(tokens)
     marks = shared_spans(text, scale.text)
@@ -153,7 +157,7 @@ def _neighbour(frame: _Frame, scale: _Scale, row: Row, anchor: str) -> Neighbour
     grid, sparsity = row.get("layer_token_influence"), row.get("sparsity")
     low_rank = row.get("influence_low_rank")
     return Neighbour(
-        anchor=anchor,
+        anchor=f"{side}{row['rank']}",
         rank=row["rank"],
         score=nats.signed(row["influence"]),
         change=change_in_probability(row["influence"]),
@@ -175,6 +179,7 @@ def _neighbour(frame: _Frame, scale: _Scale, row: Row, anchor: str) -> Neighbour
         low_rank=nats.signed(low_rank) if low_rank is not None else "",
         sparsity=plain(sparsity, 2) if sparsity is not None else "",
         spurious=sparsity is not None and sparsity > SPURIOUS,
+        duplicates=tuple(_neighbour(frame, scale, Group(other), side) for other in group.others),
     )
 
 
