@@ -67,7 +67,8 @@ def find_duplicates(
     tokens = TokenStore.open(context.artifact("tokenize"))
     tokenizer = load_tokenizer(reference.model.folder)
     texts = (
-        tokenizer.decode(tokens.row_tokens(row).tolist(), skip_special_tokens=True) for row in rows
+        str(tokenizer.decode(tokens.row_tokens(row).tolist(), skip_special_tokens=True))
+        for row in rows
     )
     return dict(zip(rows, (rows[place] for place in duplicate_groups(texts)), strict=True))
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -143,7 +144,7 @@ def write_top(
             for rank, row in enumerate(signed[: context.params.score.top], start=1):
                 grid = full[f"{row}/{q}"].float()
                 sequence = sequences[row]
-                goes_on = sequence["sequence"] != sequence["documents"][0]
+                ids, goes_on = tokens.row_tokens(row).tolist(), _goes_on(sequence)
                 records.append(
                     {
                         "query": name,
@@ -158,9 +159,7 @@ def write_top(
                         "influence": totals[row],
                         "influence_low_rank": float(influences.of(EKFAC)[q, place[row]]),
                         "layers": grid.sum(dim=1).tolist(),
-                        "tokens": decode_pieces(
-                            tokenizer, tokens.row_tokens(row).tolist(), goes_on
-                        ),
+                        "tokens": decode_pieces(tokenizer, ids, goes_on),
                         "token_influence": grid.sum(dim=0).tolist(),
                         "layer_token_influence": grid.tolist(),
                         "sparsity": sparsity(grid.sum(dim=0)),
@@ -168,6 +167,11 @@ def write_top(
                 )
     columns = {column: [record[column] for record in records] for column in TOP}
     store.write_table(context.out / "top.parquet", columns, TOP)
+
+
+def _goes_on(sequence: Mapping[str, Any]) -> bool:
+    """Whether it begins in the middle of a document."""
+    return sequence["sequence"] != sequence["documents"][0]
 
 
 def _metadata(metadata: dict[str, str], documents: list[str]) -> str:
