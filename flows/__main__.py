@@ -10,8 +10,10 @@ from flows import closure, environment, gc, services
 from flows.checks import check, file_of, stages_of
 from tasks import dvcstage
 from tasks.active import VALIDATION, activate, deactivate, load_active
+from tasks.interchange import UNITS, tda_lines
 from tasks.params import ACTIVE
 from tasks.progress import say
+from tasks.store import write_text
 from tasks.terminal import top_lines
 from tasks.validation import results
 from tasks.validation.activation import activate_benchmark, deactivate_benchmark
@@ -65,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
     deps = command("deps", run_deps, "compare deps and params in each dvc.yaml with the code")
     deps.add_argument("--write", action="store_true", help="rewrite them")
     gc.add_options(command("gc", gc.run_gc, "remove what no stage will use again"))
+    export = command("export", run_export, "write a run's top sequences for another program")
+    export.add_argument("run", metavar="NAME", help="params/NAME.yaml")
+    export.add_argument("--format", choices=("tda",), default="tda", help="docs/interchange.md")
+    export.add_argument("--unit", choices=UNITS, default="nats", help="of the scores")
+    export.add_argument("--output", type=Path, help="a file; else it is printed")
     command("results", run_results, "write docs/results.md and README.md from docs/results/*.json")
     command("up", run_up, "start server, worker, MLflow and report pages, and deploy the flows")
     command("down", run_down, "end them")
@@ -143,6 +150,18 @@ def run_top(root: Path, given: argparse.Namespace) -> int:
     """Print the top sequences."""
     for line in top_lines(root, given.run, given.query, given.limit, given.duplicates):
         say(line)
+    return 0
+
+
+def run_export(root: Path, given: argparse.Namespace) -> int:
+    """Write the top sequences in the form of another program."""
+    lines = list(tda_lines(root, given.run, given.unit))
+    if given.output is None:
+        for line in lines:
+            say(line)
+    else:
+        write_text(given.output, "".join(f"{line}\n" for line in lines))
+        say(f"{given.output}: {len(lines)} queries")
     return 0
 
 

@@ -8,7 +8,7 @@ ever taken wrongly, and one at 0.8 is overlooked with a probability of 0.2 % (at
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,7 @@ def _join_near(hashes: dict[int, NDArray[np.uint32]]) -> dict[int, int]:
     proposed = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
     with_words = [place for place, members in hashes.items() if len(members)]
     for place, sketch in zip(with_words, _sketches([hashes[at] for at in with_words]), strict=True):
-        for other in sorted(proposed.query(sketch)):
+        for other in cast("list[int]", proposed.query(sketch)):
             one, two = _root(joined, place), _root(joined, other)
             if one != two and similarity(hashes[place], hashes[other]) >= THRESHOLD:
                 joined[max(one, two)] = min(one, two)

@@ -7,6 +7,7 @@ stories, and its table of scores is compared with dense algebra on the same file
 import gzip
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from influence.layers import Layer
 from tasks import correct, eigen, factors, filter, query, score, store, stream, tokenize, train
 from tasks.attributed import PassReference
+from tasks.baselines import SCHEMA
 from tasks.eigens import read_eigen
 from tasks.kronecker import read_factors
 from tasks.prepared import StoredSolvers
@@ -176,6 +178,35 @@ def test_a_full_rank_rescore_is_the_streamed_score_where_nothing_was_truncated(e
     for row in store.read_table(exact / "score/top.parquet").to_pylist():
         assert row["influence"] == pytest.approx(found["ekfac", row["query"], row["row"]], rel=1e-9)
         assert row["influence_low_rank"] == found["ekfac", row["query"], row["row"]]
+
+
+def told_columns() -> dict[str, list[tuple[str, str]]]:
+    """Columns and types by table, as docs/interchange.md has them."""
+    told: dict[str, list[tuple[str, str]]] = {}
+    section: list[tuple[str, str]] = []
+    for line in (ROOT / "docs/interchange.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            section = told.setdefault(line.strip("# `"), [])
+        elif line.startswith("| ") and not line.startswith("| column"):
+            section.append((line.split(" | ")[0].strip("| "), line.split(" | ")[1]))
+    return told
+
+
+def test_every_table_has_the_columns_that_the_documentation_tells(exact):
+    told = told_columns()
+    written = sorted(exact.rglob("*.parquet"))
+    assert {path.relative_to(exact).as_posix() for path in written} == {
+        name for name in told if name.endswith(".parquet") and "validate/" not in name
+    }
+    for path in written:
+        columns = [(f.name, str(f.type)) for f in store.read_table(path).schema]
+        plain = [
+            (name, kind.replace("element: ", "").replace("double", "float64"))
+            for name, kind in columns
+        ]
+        plain = [(name, re.sub(r"\bfloat\b", "float32", kind)) for name, kind in plain]
+        assert plain == told[path.relative_to(exact).as_posix()], path
+    assert list(SCHEMA.items()) == told["validate/baselines.parquet"]
 
 
 def test_tokens_of_the_top_table_join_into_the_text_of_the_story(single):
