@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
+from tasks.faraway import is_far, record_of, write_record
 from tasks.origin import FineTuned, LocalCheckpoint, Scratch
 from tasks.params import ACTIVE, RunParams, checked, load_params, params_file
 from tasks.section import Section, Text
@@ -70,7 +71,13 @@ def fit_entry(params: RunParams) -> FitEntry:
 
     A model to train, or from the hub, is no file here: its stage then watches the corpus.
     """
-    return FitEntry(model=checkpoint_path(params) or params.corpus.path, corpus=params.corpus.path)
+    corpus = _watched(params.corpus.path)
+    return FitEntry(model=checkpoint_path(params) or corpus, corpus=corpus)
+
+
+def _watched(path: str) -> str:
+    """The file or folder that DVC watches for a corpus: of a far one, its description."""
+    return record_of(path).as_posix() if is_far(path) else path
 
 
 def fit_differences(one: RunParams, other: RunParams) -> list[str]:
@@ -125,7 +132,14 @@ def check_inputs(root: Path, run: str, params: RunParams) -> None:
     Raises:
         ValueError: naming the key, the path and what should be there.
     """
-    places = {"corpus.path": params.corpus.path, "query.path": params.query.path}
+    places = {"query.path": params.query.path}
+    if not is_far(params.corpus.path):
+        places = {"corpus.path": params.corpus.path, **places}
+    elif not (root / record_of(params.corpus.path)).is_file():
+        raise ValueError(
+            f"{params_file(run)}: `corpus.path`: {params.corpus.path} is not described in "
+            f"{record_of(params.corpus.path)}; run `python -m flows activate {run}`"
+        )
     checkpoint = checkpoint_path(params)
     if checkpoint is not None:
         key = "finetune" if isinstance(params.train, FineTuned) else "checkpoint"
@@ -145,6 +159,8 @@ def activate(root: Path, run: str) -> bool:
     file's comments stay. The run's params file is checked first, with its inputs.
     """
     params = load_params(root, run)
+    if is_far(params.corpus.path):
+        write_record(root, params.corpus.path)
     check_inputs(root, run, params)
     content, active = read_editable(root / ACTIVE), load_active(root)
     fit = _fit_to_use(root, run, params, active)

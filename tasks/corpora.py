@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import material
+from tasks.faraway import is_far
 from tasks.records import Record, unread
 
 ASSISTANT = "assistant"
@@ -21,7 +22,7 @@ class Corpus:
     """Where the documents are and how to read them.
 
     Args:
-        path: a file or a folder of them (`tasks.records`).
+        path: a file or a folder of them, here or behind a URL (`tasks.records`).
         keys: the key in a record of each part of a document: `text`, or `prompt` and `completion`,
             or `messages`.
         id: the key of the document's name; None names a document ``file:line``.
@@ -29,7 +30,7 @@ class Corpus:
         separator: of the documents of a .txt file.
     """
 
-    path: Path
+    path: Path | str
     keys: Mapping[str, str] = field(default_factory=lambda: {"text": "text"})
     id: str | None = None
     limit: int | None = None
@@ -37,11 +38,12 @@ class Corpus:
 
     @classmethod
     def of(cls, section: material.Corpus, root: Path) -> "Corpus":
-        """The corpus of a run; its path is relative to the project's root."""
+        """The corpus of a run; a path is relative to the project's root."""
         given = section.model_dump()
         keys = {part: given[part] for part in ("text", "prompt", "completion", "messages")
                 if part in given}  # fmt: skip
-        return cls(root / section.path, keys, section.id, section.limit, given.get("separator"))
+        path = section.path if is_far(section.path) else root / section.path
+        return cls(path, keys, section.id, section.limit, given.get("separator"))
 
 
 @dataclass(frozen=True, slots=True)

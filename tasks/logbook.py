@@ -119,10 +119,11 @@ def layer_series(layers: Mapping[str, Mapping[str, float]]) -> dict[str, list[fl
 
 
 def scored_corpus(corpus: Mapping[str, Any], tags: Mapping[str, str]) -> Dataset | None:
-    """The corpus with DVC's md5 of it."""
+    """The corpus with DVC's md5 of it; of a far one, of its description."""
     path = corpus["corpus"]["path"]
+    watched = corpus["corpus"].get("record", path)
     sizes = {key: corpus[key] for key in ("num_documents", "num_sequences", "num_tokens")}
-    md5 = tags.get(f"dvc.in.{path}")
+    md5 = tags.get(f"dvc.in.{watched}")
     return Dataset(path, md5, "candidates", sizes) if md5 else None
 
 

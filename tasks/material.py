@@ -2,14 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import AfterValidator, Field, Tag
 
+from tasks.faraway import checked
 from tasks.section import Count, Section, Text, by_key
 
 
 class _Files(Section):
-    path: Text = Field(
-        description="a file or folder: .jsonl, .txt (also .gz, .zst), .parquet, or a saved dataset"
+    path: Annotated[Text, AfterValidator(checked)] = Field(
+        description="file or folder: .jsonl, .txt (also .gz, .zst), .parquet, or a saved dataset, "
+        "or the URL of one: s3://…, gs://…, hf://datasets/organisation/name@<sha>/…"
     )
     id: Text | None = Field(description="the key of the document's id; null: file:line")
     limit: Count | None = Field(description="read this many documents; null: all")

@@ -8,15 +8,21 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tasks.faraway import FarFile, far_files
+
 FORMATS = (".jsonl", ".txt", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")  # of .jsonl and .txt
+WANTED = f"{', '.join(FORMATS[:3])} (the first two also {' and '.join(COMPRESSED)})"
 CHUNK = 1 << 20
 ROWS = 256  # of a table, in memory at once
+
+File = Path | FarFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +51,12 @@ class Unread:
         return Record(self.place, _plain(self.content))
 
 
-def unread(path: Path, separator: str | None = None) -> Iterator[Unread]:
+def unread(path: Path | str, separator: str | None = None) -> Iterator[Unread]:
     """What a file or folder holds, blank lines and blank texts left out.
 
     Args:
         path: a file, a folder of them (read in sorted order), or a dataset as `save_to_disk` of
-            Hugging Face's datasets leaves it.
+            Hugging Face's datasets leaves it; or the URL of one of these, read as it streams in.
         separator: of the documents of a .txt file; None: the file is one document.
 
     Raises:
@@ -63,19 +69,19 @@ def unread(path: Path, separator: str | None = None) -> Iterator[Unread]:
             raise ValueError(f"{file}: cannot be read ({error})") from error
 
 
-def records(path: Path) -> Iterator[Record]:
+def records(path: Path | str) -> Iterator[Record]:
     """The records of a file or folder."""
     return (each.read() for each in unread(path))
 
 
-def _lines(name: str, file: Path, separator: str | None) -> Iterator[Unread]:
+def _lines(name: str, file: File, separator: str | None) -> Iterator[Unread]:
     with _opened(file) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield Unread(f"{name}:{number}", line)
 
 
-def _texts(name: str, file: Path, separator: str | None) -> Iterator[Unread]:
+def _texts(name: str, file: File, separator: str | None) -> Iterator[Unread]:
     """Documents of a text, which need not fit into memory together."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with _opened(file) as stream:
@@ -97,21 +103,23 @@ def _texts(name: str, file: Path, separator: str | None) -> Iterator[Unread]:
                 line += text.count("\n") + (separator.count("\n") if separator else 0)
 
 
-def _table(name: str, file: Path, separator: str | None) -> Iterator[Unread]:
+def _table(name: str, file: File, separator: str | None) -> Iterator[Unread]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        yield from _rows(name, pq.ParquetFile(file).iter_batches(batch_size=ROWS))
+        with ExitStack() as open_files:
+            source = file if isinstance(file, Path) else open_files.enter_context(file.open())
+            yield from _rows(name, pq.ParquetFile(source).iter_batches(batch_size=ROWS))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: no complete parquet file ({error})") from error
 
 
-def _arrow(name: str, file: Path, separator: str | None) -> Iterator[Unread]:
+def _arrow(name: str, file: File, separator: str | None) -> Iterator[Unread]:
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(file)) as source:
+        with pa.memory_map(str(file)) if isinstance(file, Path) else file.open() as source:
             yield from _rows(name, iter(pa.ipc.open_stream(source)))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: no complete Arrow stream ({error})") from error
@@ -128,14 +136,15 @@ def _rows(name: str, batches: Iterator[Any]) -> Iterator[Unread]:
 _READERS = {".jsonl": _lines, ".txt": _texts, ".parquet": _table, ".arrow": _arrow}
 
 
-def _opened(file: Path) -> BinaryIO:
+def _opened(file: File) -> BinaryIO:
+    source: Any = file if isinstance(file, Path) else file.open()
     if file.suffix == ".gz":
-        return gzip.open(file)  # pyright: ignore[reportReturnType]  a GzipFile is one
+        return gzip.open(source)  # pyright: ignore[reportReturnType]  a GzipFile is one
     if file.suffix == ".zst":
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))  # pyright: ignore
-    return file.open("rb")
+        return io.BufferedReader(pa.input_stream(source, compression="zstd"))  # pyright: ignore
+    return source.open("rb") if isinstance(source, Path) else source
 
 
 def _parsed(place: str, line: bytes) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=str), parse_constant=lambda _: None)
 
 
-def _format(file: Path) -> str:
+def _format(file: File) -> str:
     """`.jsonl` of `x.jsonl.gz`; empty for a file that is none of ours."""
     compressed = file.suffix in COMPRESSED
     found = Path(file.stem).suffix if compressed else file.suffix
@@ -174,32 +183,40 @@ def _format(file: Path) -> str:
     return found if found in allowed else ""
 
 
-def _files(path: Path) -> list[tuple[str, Path]]:
+def _files(path: Path | str) -> list[tuple[str, File]]:
     """Files with the names that errors and unnamed documents call them by."""
-    wanted = f"{', '.join(FORMATS[:3])} (the first two also {' and '.join(COMPRESSED)})"
+    if isinstance(path, str):
+        return _chosen(path, dict(far_files(path)))
     if path.is_file():
-        if not _format(path):
-            raise ValueError(f"{path}: a file that ends in one of {wanted} is wanted")
-        return [(path.name, path)]
+        return _chosen(path, {path.name: path})
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; a file of {wanted} is wanted")
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(each.parent.name for each in path.glob("*/state.json"))
+        raise ValueError(f"{path}: no such file or folder; a file of {WANTED} is wanted")
+    inside = (file for file in path.rglob("*") if file.is_file())
+    return _chosen(path, {file.relative_to(path).as_posix(): file for file in inside})
+
+
+def _chosen(path: Path | str, inside: Mapping[str, File]) -> list[tuple[str, File]]:
+    """Those of the files at a path that hold records, in their order."""
+    if len(inside) == 1 and str(next(iter(inside.values()))) == str(path):
+        if not all(map(_format, inside.values())):
+            raise ValueError(f"{path}: a file that ends in one of {WANTED} is wanted")
+        return list(inside.items())
+    if "dataset_dict.json" in inside:
+        splits = sorted(name.split("/")[0] for name in inside if name.endswith("/state.json"))
         raise ValueError(
             f"{path}: a saved dataset of several splits ({', '.join(splits)}); give one, such as "
-            f"{path / (splits or ['train'])[0]}"
+            f"{path}/{(splits or ['train'])[0]}"
         )
-    state = path / "state.json"  # which of a saved dataset's files belong to it, and their order
-    if state.is_file():
-        names = [each["filename"] for each in json.loads(state.read_text("utf-8"))["_data_files"]]
-        return [(name, path / name) for name in names]
+    if "state.json" in inside:  # which of a saved dataset's files belong to it, and their order
+        with inside["state.json"].open("rb") as state:
+            names = [each["filename"] for each in json.loads(state.read())["_data_files"]]
+        return [(name, inside[name]) for name in names]
     found = sorted(
-        (file.relative_to(path).as_posix(), file)
-        for file in path.rglob("*")
-        if file.is_file() and _format(file) in FORMATS[:3]
+        ((name, file) for name, file in inside.items() if _format(file) in FORMATS[:3]),
+        key=lambda each: each[0],
     )
     if not found:
-        raise ValueError(f"{path}: no file in this folder ends in one of {wanted}")
+        raise ValueError(f"{path}: no file in this folder ends in one of {WANTED}")
     texts = [name for name, file in found if _format(file) == ".txt"]
     if 0 < len(texts) < len(found):  # a LICENSE.txt beside the data must not become a document
         other = next(name for name, _ in found if name not in texts)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tasks import store
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.corpora import Corpus, documents, survey
+from tasks.faraway import check_record, is_far
 from tasks.material import Tokenize
 from tasks.models import boundary_token, load_tokenizer
 from tasks.shards import ShardRef, map_shards, split
@@ -36,6 +37,8 @@ def run(context: StageContext) -> None:
     model = read_reference(context.artifact("train"), context.root)
     check_settings(params.tokenize, model)
     corpus = Corpus.of(params.corpus, context.root)
+    if is_far(params.corpus.path):
+        check_record(context.root, params.corpus.path)
     num_documents = survey(corpus)
     parts = map_shards(
         context,
@@ -55,7 +58,8 @@ def run(context: StageContext) -> None:
     store.write_json(
         context.out / "summary.json",
         {
-            "corpus": {"path": params.corpus.path, "digest": store.digest(corpus.path)},
+            # After the last read: what changed in between stops the run here.
+            "corpus": lineage(params.corpus.path, context.root),
             "num_documents": num_documents,
             "num_sequences": len(windows.names),
             "num_tokens": len(windows.tokens),
@@ -63,6 +67,17 @@ def run(context: StageContext) -> None:
             **params.tokenize.model_dump(),
         },
     )
+
+
+def lineage(path: str, root: Path) -> dict[str, Any]:
+    """What artefacts say of where the corpus is and what it holds.
+
+    Raises:
+        ValueError: a far corpus is not what its description says.
+    """
+    if is_far(path):
+        return check_record(root, path)
+    return {"path": path, "digest": store.digest(root / path)}
 
 
 def check_settings(settings: Tokenize, model: ModelReference) -> None:

@@ -23,6 +23,7 @@ from tasks.checkpoints import (
     write_reference,
 )
 from tasks.corpora import Corpus, Document, documents, survey
+from tasks.faraway import check_record, is_far
 from tasks.models import (
     CausalLM,
     Tokenizer,
@@ -125,6 +126,8 @@ def _fine_tune(context: StageContext, tuning: Tuning, checkpoint: Path) -> None:
 def _read(context: StageContext) -> list[Document]:
     """The corpus; a bad line stops the run before the training, not in the middle of it."""
     corpus = Corpus.of(context.params.corpus, context.root)
+    if is_far(context.params.corpus.path):
+        check_record(context.root, context.params.corpus.path)
     survey(corpus)
     return list(documents(corpus))
 

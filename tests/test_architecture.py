@@ -40,6 +40,7 @@ DOORS = {
     "transformers": ("tasks/models.py", "tasks/scratch.py", "tasks/train.py"),
     "tokenizers": ("tasks/models.py", "tasks/scratch.py"),
     "huggingface_hub": ("tasks/checkpoints.py",),
+    "fsspec": ("tasks/faraway.py",),
     "accelerate": ("tasks/models.py", "tasks/train.py"),
     "safetensors": ("tasks/store.py",),
     "pyarrow": ("tasks/store.py", "tasks/records.py"),
