@@ -217,7 +217,7 @@ def write_table(path: Path, columns: Mapping[str, Any], schema: Mapping[str, str
     if list(columns) != list(schema):
         raise ValueError(f"{path}: columns are {list(columns)}, the schema names {list(schema)}")
     arrays = [
-        pa.array(_values(columns[name]), type=_arrow_type(alias)) for name, alias in schema.items()
+        pa.array(_values(columns[name]), type=arrow_type(alias)) for name, alias in schema.items()
     ]
     table = pa.table(arrays, names=list(schema))
     with atomic(path) as hidden:
@@ -236,11 +236,12 @@ def _values(column: Any) -> Any:
     return column.detach().cpu().numpy() if hasattr(column, "detach") else column
 
 
-def _arrow_type(alias: str) -> "pa.DataType":
+def arrow_type(alias: str) -> "pa.DataType":
+    """The type that a schema calls `int64`, `list<string>`, …"""
     import pyarrow as pa
 
     nested = re.fullmatch(r"list<(.+)>", alias)
-    return pa.list_(_arrow_type(nested.group(1))) if nested else pa.type_for_alias(alias)
+    return pa.list_(arrow_type(nested.group(1))) if nested else pa.type_for_alias(alias)
 
 
 def write_json(path: Path, value: Any) -> None:

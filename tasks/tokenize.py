@@ -16,11 +16,14 @@ from tasks.corpora import Corpus, documents, survey
 from tasks.faraway import check_record, is_far
 from tasks.material import Tokenize
 from tasks.models import boundary_token, load_tokenizer
+from tasks.rowgroups import read_row_groups, write_row_groups
 from tasks.shards import ShardRef, map_shards, split
-from tasks.windows import Encoded, Windows, cut_windows, encode, sequence_keys
+from tasks.windows import Plan, encode, plan_windows, sequence_keys
 from tasks.workspace import StageContext
 
 _DOCUMENTS_AT_ONCE = 512
+TOLD = {"document": "string", "metadata": "string"}
+PART = {**TOLD, "tokens": "list<int32>", "targets": "list<uint8>"}
 
 
 def run(context: StageContext) -> None:
@@ -47,23 +50,25 @@ def run(context: StageContext) -> None:
         suffix=".parquet",
         items="documents",
     )
-    names, metadata, encoded = _read_parts(parts)
-    windows = cut_windows(names, encoded, params.tokenize.mode, params.tokenize.context)
-    if not windows.supervised.any():
+    settings = params.tokenize
+    plan = plan_windows(*read_index(parts), settings.mode, settings.context)
+    supervised = write_tokens(context, parts, plan.offsets)
+    if not supervised.any():
         raise ValueError(
             f"corpus.path: {corpus.path}: no sequence of its {num_documents} documents has two "
             "tokens, so that nothing is predicted; is that the field with the text?"
         )
-    _write(context.out, windows, names, metadata)
+    write_sequences(context.out / "sequences.parquet", plan, supervised)
+    write_row_groups(context.out / "documents.parquet", _told(parts), TOLD)
     store.write_json(
         context.out / "summary.json",
         {
             # After the last read: what changed in between stops the run here.
             "corpus": lineage(params.corpus.path, context.root),
             "num_documents": num_documents,
-            "num_sequences": len(windows.names),
-            "num_tokens": len(windows.tokens),
-            "num_supervised": int(windows.supervised.sum()),
+            "num_sequences": len(plan.names),
+            "num_tokens": int(plan.offsets[-1]),
+            "num_supervised": int(supervised.sum()),
             **params.tokenize.model_dump(),
         },
     )
@@ -104,70 +109,83 @@ def tokenize_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     corpus = Corpus.of(context.params.corpus, context.root)
     tokenizer = load_tokenizer(read_reference(context.artifact("train"), context.root).folder)
     stream = documents(corpus, shard.items[0], shard.items[-1] + 1)
+
+    def groups() -> Iterator[dict[str, Any]]:
+        while group := list(itertools.islice(stream, _DOCUMENTS_AT_ONCE)):
+            encoded = encode(tokenizer, group, settings.bos, settings.eos)
+            yield {
+                "document": [each.id for each in group],
+                "metadata": [json.dumps(each.metadata, ensure_ascii=False) for each in group],
+                "tokens": [each.tokens for each in encoded],
+                "targets": [each.targets.astype(np.uint8) for each in encoded],
+            }
+            shard.tick(len(group))
+
+    write_row_groups(path, groups(), PART)
+
+
+def read_index(parts: Iterable[Path]) -> tuple[list[str], NDArray[np.int64]]:
+    """Name and number of tokens of each document, in the order of the corpus."""
     names: list[str] = []
-    metadata: list[str] = []
-    encoded: list[Encoded] = []
-    while group := list(itertools.islice(stream, _DOCUMENTS_AT_ONCE)):
-        names += [document.id for document in group]
-        metadata += [json.dumps(document.metadata, ensure_ascii=False) for document in group]
-        encoded += encode(tokenizer, group, settings.bos, settings.eos)
-        shard.tick(len(group))
+    lengths = [np.zeros(0, np.int64)]
+    for batch in _batches(parts, ["document", "tokens"]):
+        names += batch["document"].to_pylist()
+        lengths.append(batch["tokens"].value_lengths().to_numpy().astype(np.int64))
+    return names, np.concatenate(lengths)
+
+
+def write_tokens(
+    context: StageContext, parts: Iterable[Path], offsets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Write tokens.safetensors by way of files, for a corpus that memory does not hold.
+
+    Returns:
+        The number of supervised tokens of each sequence.
+    """
+    files = context.work / "tokens.raw", context.work / "supervised.raw"
+    counts = np.zeros(len(offsets) - 1, np.int64)
+    with files[0].open("wb") as tokens, files[1].open("wb") as supervised:
+        for batch, flat in _supervised(parts, offsets, counts):
+            tokens.write(batch["tokens"].flatten().to_numpy().data)
+            supervised.write(flat.data)
+    if len(counts):  # an empty file cannot be mapped
+        mapped = np.memmap(files[0], np.int32, "r+"), np.memmap(files[1], np.uint8, "r+")
+        tensors = zip(("offsets", "tokens", "supervised"), (offsets, *mapped), strict=True)
+        store.write_tensors_in_turn(
+            context.out / "tokens.safetensors",
+            ((name, torch.from_numpy(values)) for name, values in tensors),
+        )
+    for file in files:
+        file.unlink()
+    return counts
+
+
+def _supervised(
+    parts: Iterable[Path], offsets: NDArray[np.int64], counts: NDArray[np.int64]
+) -> Iterator[tuple[Any, NDArray[np.uint8]]]:
+    """Some documents at a time, with which of their tokens are supervised; counts them."""
+    begin = 0
+    for batch in _batches(parts, ["tokens", "targets"]):
+        flat = batch["targets"].flatten().to_numpy().copy()
+        end = begin + len(flat)
+        first, last = np.searchsorted(offsets[:-1], [begin, end])
+        flat[offsets[first:last] - begin] = 0  # nothing predicts the first of a sequence
+        window = np.searchsorted(offsets, np.arange(begin, end), side="right") - 1
+        np.add.at(counts, window, flat)
+        yield batch, flat
+        begin = end
+
+
+def write_sequences(path: Path, plan: Plan, supervised: NDArray[np.int64]) -> None:
+    """One row a sequence: what the rest of the pipeline calls it."""
     store.write_table(
         path,
         {
-            "document": names,
-            "metadata": metadata,
-            "tokens": [each.tokens for each in encoded],
-            "targets": [each.targets.astype(np.uint8) for each in encoded],
-        },
-        {
-            "document": "string",
-            "metadata": "string",
-            "tokens": "list<int32>",
-            "targets": "list<uint8>",
-        },
-    )
-
-
-def _read_parts(parts: Iterable[Path]) -> tuple[list[str], list[str], list[Encoded]]:
-    """Names, metadata and tokens of all documents, in the order of the corpus."""
-    names: list[str] = []
-    metadata: list[str] = []
-    encoded: list[Encoded] = []
-    for part in parts:
-        table = store.read_table(part).combine_chunks()
-        names += table["document"].to_pylist()
-        metadata += table["metadata"].to_pylist()
-        for tokens, targets in zip(_rows(table["tokens"]), _rows(table["targets"]), strict=True):
-            encoded.append(Encoded(tokens, targets.astype(np.bool_)))
-    return names, metadata, encoded
-
-
-def _rows(column: Any) -> Iterator[NDArray[Any]]:
-    """The lists of a column."""
-    for chunk in column.chunks:
-        flat, ends = chunk.flatten().to_numpy(), chunk.value_lengths().to_numpy().cumsum()
-        yield from np.split(flat, ends[:-1])
-
-
-def _write(out: Path, windows: Windows, names: list[str], metadata: list[str]) -> None:
-    supervised, lengths = windows.supervised, np.diff(windows.offsets)
-    store.write_tensors(
-        out / "tokens.safetensors",
-        {
-            "tokens": torch.from_numpy(windows.tokens),
-            "supervised": torch.from_numpy(supervised.astype(np.uint8)),
-            "offsets": torch.from_numpy(windows.offsets),
-        },
-    )
-    store.write_table(
-        out / "sequences.parquet",
-        {
-            "key": sequence_keys(windows.names),
-            "sequence": windows.names,
-            "documents": windows.documents,
-            "num_tokens": lengths,
-            "num_supervised": np.add.reduceat(supervised.astype(np.int64), windows.offsets[:-1]),
+            "key": sequence_keys(plan.names),
+            "sequence": plan.names,
+            "documents": plan.documents,
+            "num_tokens": np.diff(plan.offsets),
+            "num_supervised": supervised,
         },
         {
             "key": "int64",
@@ -177,8 +195,15 @@ def _write(out: Path, windows: Windows, names: list[str], metadata: list[str]) -
             "num_supervised": "int64",
         },
     )
-    store.write_table(
-        out / "documents.parquet",
-        {"document": names, "metadata": metadata},
-        {"document": "string", "metadata": "string"},
-    )
+
+
+def _told(parts: Iterable[Path]) -> Iterator[dict[str, list[str]]]:
+    """Names and metadata, in groups that do not depend on the shards."""
+    rows = (row for batch in _batches(parts, list(TOLD)) for row in batch.to_pylist())
+    while group := list(itertools.islice(rows, _DOCUMENTS_AT_ONCE)):
+        yield {name: [row[name] for row in group] for name in TOLD}
+
+
+def _batches(parts: Iterable[Path], columns: list[str]) -> Iterator[Any]:
+    for part in parts:
+        yield from read_row_groups(part, columns, _DOCUMENTS_AT_ONCE)

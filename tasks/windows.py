@@ -42,6 +42,15 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """Where all documents, end to end, are cut: `Windows` without the tokens."""
+
+    offsets: NDArray[np.int64]
+    names: list[str]
+    documents: list[list[str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """The tokens of a document, and which of them a model is to predict."""
 
@@ -100,7 +109,25 @@ def _refuse_doubled(tokenizer: Tokenizer, document: Document, which: str) -> Non
 def cut_windows(
     documents: list[str], encoded: Sequence[Encoded], mode: Mode, context: int
 ) -> Windows:
-    """Cut documents into sequences of at most `context` tokens; no token is lost or repeated.
+    """Documents cut by `plan_windows`, with their tokens.
+
+    Args:
+        documents: their names.
+        encoded: of each document, BOS and EOS included where wanted.
+        mode: as there.
+        context: the longest sequence.
+    """
+    lengths = np.array([len(each.tokens) for each in encoded], dtype=np.int64)
+    plan = plan_windows(documents, lengths, mode, context)
+    stream = np.concatenate([np.zeros(0, np.int32), *(each.tokens for each in encoded)])
+    targets = np.concatenate([np.zeros(0, np.bool_), *(each.targets for each in encoded)])
+    return Windows(stream, targets, plan.offsets, plan.names, plan.documents)
+
+
+def plan_windows(
+    documents: list[str], lengths: NDArray[np.int64], mode: Mode, context: int
+) -> Plan:
+    """Where to cut documents into sequences of at most `context` tokens; none is lost or repeated.
 
     ``document``: every document begins a sequence, and a longer one goes on in further windows.
     ``pack``: documents follow each other and are cut every `context` tokens; the short tail stays.
@@ -108,16 +135,13 @@ def cut_windows(
 
     Args:
         documents: their names.
-        encoded: of each document, BOS and EOS included where wanted.
+        lengths: tokens of each document, BOS and EOS included where wanted.
         mode: as above.
         context: the longest sequence.
     """
-    lengths = np.array([len(each.tokens) for each in encoded], dtype=np.int64)
     begins = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
-    stream = np.concatenate([np.zeros(0, np.int32), *(each.tokens for each in encoded)])
-    targets = np.concatenate([np.zeros(0, np.bool_), *(each.targets for each in encoded)])
     if mode == "pack":
-        starts = np.arange(0, len(stream), context)
+        starts = np.arange(0, begins[-1], context)
     else:
         starts = np.concatenate(
             [np.zeros(0, np.int64)]
@@ -126,7 +150,7 @@ def cut_windows(
                 for begin, n in zip(begins[:-1], lengths, strict=True)
             ]
         )
-    offsets = np.append(starts, len(stream)).astype(np.int64)
+    offsets = np.append(starts, begins[-1]).astype(np.int64)
     # side="right" passes over documents without tokens, which begin where the next one does.
     first = np.searchsorted(begins, offsets[:-1], side="right") - 1
     last = np.searchsorted(begins, offsets[1:], side="left")
@@ -139,7 +163,7 @@ def cut_windows(
         [documents[at] for at in range(one, other) if lengths[at]]
         for one, other in zip(first.tolist(), last.tolist(), strict=True)
     ]
-    return Windows(stream, targets, offsets, names, held)
+    return Plan(offsets, names, held)
 
 
 def sequence_key(name: str) -> int:

@@ -43,7 +43,7 @@ DOORS = {
     "fsspec": ("tasks/faraway.py",),
     "accelerate": ("tasks/models.py", "tasks/train.py"),
     "safetensors": ("tasks/store.py",),
-    "pyarrow": ("tasks/store.py", "tasks/records.py"),
+    "pyarrow": ("tasks/store.py", "tasks/rowgroups.py", "tasks/records.py"),
     "ruamel": ("tasks/yamlfile.py",),
     "pydantic": (
         "tasks/section.py",

@@ -1,6 +1,7 @@
 """From documents to sequences: nothing lost, names and keys stable, shards without effect."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -353,3 +354,33 @@ def test_tokenizer_without_eos_is_an_error_that_names_the_setting(run_root, monk
     monkeypatch.setattr(tokenize, "load_tokenizer", without_eos)
     with pytest.raises(ValueError, match=r"no EOS token; set tokenize\.eos to false"):
         tokenized(run_root, eos=True)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def peak(root: Path, num_documents: int, **settings) -> int:
+    """Bytes that Python and NumPy held at most while a corpus was tokenised."""
+    root.mkdir()
+    text = "Once upon a time there was a cat that sat on a mat. " * 40
+    write_lines(
+        root / "corpus.jsonl",
+        [{"id": f"d{n}", "text": f"{n} {text}"} for n in range(num_documents)],
+    )
+    run_stage(root, "train", train)
+    tracemalloc.start()
+    tokenized(root, shards=1, context=512, **settings)  # two at once would peak by chance
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most
+
+
+@pytest.mark.parametrize("mode", ["document", "pack"])
+def test_memory_does_not_grow_with_the_corpus_but_for_its_index(tmp_path, monkeypatch, mode):
+    """Ten times the documents, 2 kB of text and 4 kB of tokens each; the index: names and ids."""
+    monkeypatch.setattr(tokenize, "_DOCUMENTS_AT_ONCE", 8)
+    monkeypatch.setattr(store, "CHUNK", 1 << 12)  # of a megabyte, a small file would fill a part
+    few, index = 16, 500
+    peak(tmp_path / "first", 1, mode=mode)  # what is imported and cached once
+    one, ten = (peak(tmp_path / str(n), n, mode=mode) for n in (few, 10 * few))
+    assert ten < 1.05 * one + 9 * few * index
