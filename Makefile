@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once; some minutes the first time)"
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[workflow,dev]' --constraint constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## corpus to report on the embedded model and stories; a few minutes on a CPU (RUN=... for another run)

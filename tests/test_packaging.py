@@ -72,19 +72,27 @@ def test_every_package_folder_is_listed(project: dict, root: Path):
 
 def test_dependencies_are_the_tools_with_a_door(project: dict):
     extras = project["project"]["optional-dependencies"]
-    requirements = [*project["project"]["dependencies"], *extras["dask"], *extras["ray"]]
+    requirements = [*project["project"]["dependencies"]]
+    requirements += [each for name in ("workflow", "dask", "ray") for each in extras[name]]
     declared = {normalised(requirement) for requirement in requirements}
     doors = {normalised(DISTRIBUTION.get(tool, tool)) for tool in set(DOORS) - WITH_AN_EXTRA}
     assert declared == doors | NOT_IMPORTED
 
 
+def test_the_mathematics_is_installed_without_the_workflow(project: dict):
+    declared = {normalised(each) for each in project["project"]["dependencies"]}
+    assert declared == {"torch", "einops", "jaxtyping"}
+
+
 def test_every_dependency_says_why(root: Path):
     text = (root / "pyproject.toml").read_text("utf-8")
     lists = re.findall(
-        r"^(?:dependencies|dask|ray|s3|gs|peers|dev) = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL
+        r"^(?:dependencies|workflow|dask|ray|s3|gs|peers|dev) = \[ *(?:#.*?)?\n(.*?)^\]",
+        text,
+        re.MULTILINE | re.DOTALL,
     )
     lines = [line for block in lists for line in block.splitlines() if line.strip().startswith('"')]
-    assert len(lists) == 7
+    assert len(lists) == 8
     assert [line for line in lines if not re.search(r"#\s*\S{2,}", line)] == []
 
 
@@ -92,8 +100,9 @@ def test_constraints_are_plain_versions_of_every_dependency(project: dict, root:
     lines = (root / "constraints.txt").read_text("utf-8").splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", pin)] == []
-    extras = project["project"]["optional-dependencies"]["dev"]
-    wanted = {normalised(r) for r in (*project["project"]["dependencies"], *extras)}
+    extras = project["project"]["optional-dependencies"]
+    tested = (*project["project"]["dependencies"], *extras["workflow"], *extras["dev"])
+    wanted = {normalised(requirement) for requirement in tested}
     assert wanted <= {normalised(pin) for pin in pins}
 
 
