@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def build(name: str, attention: str | None = None, seed: int = 0) -> nn.Module:
-    """The family's model in float64; wrap its passes in `double_throughout`.
+    """The family's model, computing in float64 throughout.
 
     `attention` is transformers' `attn_implementation`; None: its own choice, as in a load.
     """
@@ -115,7 +115,15 @@ def build(name: str, attention: str | None = None, seed: int = 0) -> nn.Module:
     config = AutoConfig.for_model(family.model_type, **{**_SIZES, **family.config})
     config.use_cache = False
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return randomise(model, seed)
+    model = randomise(model, seed)
+    run = model.forward
+
+    def in_double(*args: Any, **options: Any) -> Any:
+        with double_throughout():
+            return run(*args, **options)
+
+    model.forward = in_double
+    return model
 
 
 class _Double(TorchFunctionMode):

@@ -3,8 +3,6 @@
 Every test runs for every family; what is peculiar to one stands in `families.FAMILIES`.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from influence.objectives import forward, log_probability, training_loss
 from influence.sequences import TokenBatch
 from tests import oracles
 from tests.influence import attribution, models
-from tests.influence.families import CONTEXT, FAMILIES, WINDOW, build, double_throughout
+from tests.influence.families import CONTEXT, FAMILIES, WINDOW, build
 
 DAMPING = RelativeDamping(0.1)
 SEED_OF_FACTORS, SEED_OF_SPECTRA = 0, 1  # those of `attribution.fit`
@@ -24,15 +22,9 @@ SEED_OF_FACTORS, SEED_OF_SPECTRA = 0, 1  # those of `attribution.fit`
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def _in_double() -> Iterator[None]:
-    with double_throughout():
-        yield
-
-
 def enough() -> list[models.Tokens]:
     """A corpus of which no layer's A or S has a null space in which its basis could turn."""
-    return models.corpus(lengths=(9, 3, *[CONTEXT] * 6), prompt=4)
+    return models.corpus(lengths=(9, 3, CONTEXT, CONTEXT), prompt=4)
 
 
 def picked(name: str, *patterns: str) -> list[str]:
