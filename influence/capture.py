@@ -1,12 +1,14 @@
 """One pass: layer inputs and output gradients, and no weight gradient anywhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from influence.layers import Layer, as_positions
 
@@ -44,8 +46,11 @@ class Capture:
         self._layers = layers
         self._batch: tuple[int, ...] = ()
         self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._watched: dict[str, list[tuple[Tensor, int]]] = {}
+        # Places in the graph, not tensors: one of them stays the layer's output also where the
+        # model goes on to change the tensor in place, as Falcon does.
+        self._outputs: dict[str, GradientEdge] = {}
+        self._zeros: dict[str, Callable[[], Tensor]] = {}
 
     def backward(
         self, objective: Float[Tensor, ""], retain_graph: bool = False
@@ -57,13 +62,13 @@ class Capture:
 
         Raises:
             NonFiniteError: naming the layer, if an activation is NaN or infinite.
-            ValueError: naming the layer, if its input or output was changed in place, or if it
-                ran on other positions than those of the batch.
+            ValueError: naming the layer, if its input was changed in place, or its output where
+                that is a view, or if it ran on other positions than those of the batch.
         """
         if not torch.isfinite(objective):
             self._explain_non_finite()
-        for name, version in self._versions.items():
-            if version != (self._inputs[name]._version, self._outputs[name]._version):
+        for name, watched in self._watched.items():
+            if any(tensor._version != version for tensor, version in watched):
                 raise ValueError(
                     f"the input or output of layer {name!r} is changed in place after the layer "
                     "ran, so its gradient cannot be told; build the model with inplace=False, or "
@@ -82,7 +87,7 @@ class Capture:
         ios = {}
         for name, ds in zip(names, gradients, strict=True):
             layer = by_name[name]
-            ds = torch.zeros_like(self._outputs[name]) if ds is None else ds
+            ds = self._zeros[name]() if ds is None else ds
             a, ds = as_positions(layer, self._inputs[name], ds, self._batch)
             ios[name] = LayerIO(a, ds, layer.has_bias)
         return ios
@@ -106,14 +111,21 @@ class Capture:
                 f"layer {layer.name!r} ran twice in one pass: weight sharing is not supported; "
                 "leave this layer out of `layers`"
             )
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
         self._inputs[layer.name] = a.detach()
-        self._outputs[layer.name] = output
         # A detached tensor counts the changes of its original: without weight gradients autograd
         # itself no longer objects to them.
-        self._versions[layer.name] = (a._version, output._version)
-        return output
+        self._watched[layer.name] = [(self._inputs[layer.name], a._version)]
+        self._zeros[layer.name] = partial(
+            torch.zeros, output.shape, dtype=output.dtype, device=output.device
+        )
+        if output.requires_grad:
+            if output._is_view():  # a change in place goes round a view's place in the graph
+                self._watched[layer.name].append((output.detach(), output._version))
+            self._outputs[layer.name] = get_gradient_edge(output)
+            return output
+        start = output.detach().requires_grad_()
+        self._outputs[layer.name] = get_gradient_edge(start)
+        return start.clone()  # a leaf itself must not be changed in place
 
 
 class NonFiniteError(ValueError):

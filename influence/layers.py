@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("*.mlp.*", "*.feed_forward.*", "*.ffn.*", "*.fc1", "*.fc2"),
-    "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*"),
+    "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*", "*.self_attention.*"),
     "all": ("*",),
 }
 

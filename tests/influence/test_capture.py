@@ -163,22 +163,30 @@ def test_a_layer_that_the_pass_did_not_run_is_absent():
     assert set(io) == {layer.name for layer in layers} - {"unused"}
 
 
-def test_an_activation_in_place_after_a_layer_is_refused_or_changes_nothing():
+@pytest.mark.parametrize("picked", ["all", "2"])  # in the midst of the graph, and where it begins
+@pytest.mark.parametrize("is_view", [True, False])
+def test_an_activation_in_place_after_a_layer_is_refused_or_changes_nothing(picked, is_view):
     """Else the captured output would be the one after the ReLU, and its ds too large."""
+
+    class Product(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.mT + self.bias  # no view, unlike nn.Linear's output
+
     torch.manual_seed(0)
-    plain = nn.Sequential(
-        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
-    ).double()
+    middle = (nn.Linear if is_view else Product)(4, 4)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), middle, nn.ReLU(), nn.Linear(4, 2)).double()
     in_place = nn.Sequential(*plain[:3], nn.ReLU(inplace=True), plain[4])
     x = torch.randn(2, 3, 3, dtype=torch.float64)
 
     def gradient(model: nn.Module) -> torch.Tensor:
-        with capture(model, find_layers(model, ["all"])[0]) as opened:
+        with capture(model, find_layers(model, [picked])[0]) as opened:
             return opened.backward(model(x).square().sum())["2"].gradient()
 
     try:
         got = gradient(in_place)
-    except (ValueError, RuntimeError):
+    except ValueError as error:
+        assert is_view
+        assert "'2' is changed in place" in str(error)
         return
     torch.testing.assert_close(got, gradient(plain))
 
