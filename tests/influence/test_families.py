@@ -11,7 +11,6 @@ from influence.damping import RelativeDamping
 from influence.factors import fit_factors
 from influence.layers import find_layers, share_inputs
 from influence.objectives import forward, log_probability, training_loss
-from influence.sequences import TokenBatch
 from tests import oracles
 from tests.influence import attribution, models
 from tests.influence.families import CONTEXT, FAMILIES, WINDOW, build
@@ -127,7 +126,7 @@ def test_factors_spectra_and_scores_of_a_whole_fit_are_the_dense_ones(name):
         G, damping = oracles.ekfac(Q_A, Q_S, spectrum), 0.1 * spectrum.mean().item()
         for q, query in enumerate(attribution.QUERIES):
             f = oracles.sequence_gradient(model, layer.module, attribution.query_sequence(query))
-            wanted = [
+            scores = [
                 oracles.influence(
                     [f],
                     [-oracles.sequence_gradient(model, layer.module, z)],
@@ -135,7 +134,8 @@ def test_factors_spectra_and_scores_of_a_whole_fit_are_the_dense_ones(name):
                 )
                 for z in sequences
             ]  # fmt: skip
-            assert models.relative_error(got[q, :, at], torch.tensor(wanted, dtype=got.dtype)) < 1e-9
+            wanted = torch.tensor(scores, dtype=got.dtype)
+            assert models.relative_error(got[q, :, at], wanted) < 1e-9
 
 
 # transformers runs the others under eager alone: sdpa has no soft-capping, for one.
