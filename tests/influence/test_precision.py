@@ -28,7 +28,7 @@ def narrow(dtype: torch.dtype) -> tuple[torch.nn.Module, tuple, object]:
 def test_factors_and_spectra_of_a_narrow_pass_are_summed_in_float32_and_more(dtype):
     """Rounding each sum to the pass's dtype would cost 2⁻⁹ of it."""
     model, layers, batch = narrow(dtype)
-    batches = [batch] * 40  # of which sums in bfloat16 would forget the last
+    batches = [batch] * 10
     ios = pseudo_gradients(model, layers, batch, 0)
     factors = fit_factors(model, layers, batches, 0)
     bases = {
