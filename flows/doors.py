@@ -22,7 +22,7 @@ from flows.processes import have_witness
 from tasks import dvcstage, overrides, store
 from tasks.active import activate, load_active
 from tasks.params import params_file, run_file
-from tasks.querysets import check_queries
+from tasks.querylines import check_queries
 from tasks.workspace import FIT_STAGES, find_root
 
 QUERY_SETS = Path("data/queries")

@@ -15,7 +15,7 @@ from tasks import store
 from tasks.budget import Budget, find_budget, remembered
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.models import model_for_thread
-from tasks.precision import DTYPES
+from tasks.precision import DTYPES, resolve_device
 from tasks.sequences import TokenStore
 from tasks.workspace import StageContext
 
@@ -121,10 +121,3 @@ class PassReference:
                 f"first in sequence {name!r}; check the weights of {self.model.path}, or run the "
                 "pass in float32 (runtime.dtype)"
             ) from error
-
-
-def resolve_device(name: str) -> str:
-    """`auto` takes CUDA where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

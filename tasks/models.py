@@ -175,6 +175,24 @@ def generate_greedy(
     return written[len(tokens) :]
 
 
+def continuation_text(
+    tokenizer: Tokenizer, prompt: Sequence[int], continuation: Sequence[int]
+) -> str:
+    """What the continuation adds to the text of the prompt, cut before a broken character."""
+    before = _text(tokenizer, prompt)
+    for end in range(len(continuation), 0, -1):
+        whole = _text(tokenizer, [*prompt, *continuation[:end]])
+        if not whole.endswith("\ufffd"):  # the first bytes of a character, the rest not written
+            return whole[len(before) :]
+    return ""
+
+
+def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    text = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(

@@ -46,7 +46,7 @@ PARAMS = {
 }
 OUTS = {
     "validate": (
-        *("baselines.parquet", "recall.json", "metrics.json"),
+        *("baselines.parquet", "recall.json", "expected.json", "metrics.json"),
         *("spectra.png", "split_half.png", "baselines.png"),
     ),
     "benchmark": (RESULT, SCORES, *FIGURES),
