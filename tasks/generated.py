@@ -1,6 +1,7 @@
 """A run's queries, with what the model itself says where a line leaves the completion to it."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from tasks import store
 from tasks.checkpoints import ModelReference
@@ -56,6 +57,7 @@ class _Writer:
     def __call__(self, name: str, prompt: tuple[int, ...], length: int) -> str:
         if name not in self.known:
             model = model_for_thread(self.model, self.device, DTYPES[self.dtype])
-            tokens = generate_greedy(model, prompt, length, self.tokenizer.eos_token_id)
+            end = cast(int | None, self.tokenizer.eos_token_id)
+            tokens = generate_greedy(model, prompt, length, end)
             self.written[name] = continuation_text(self.tokenizer, prompt, tokens)
         return self.known.get(name) or self.written[name]

@@ -41,7 +41,7 @@ def retrieval(
     return found_expected(influences.queries, targets, influences.rows.tolist(), scores)
 
 
-def overall(found: Mapping[str, Any]) -> dict[str, Any]:
+def expected_means(found: Mapping[str, Any]) -> dict[str, Any]:
     """The counts and the means by method, or nothing if no query expects anything."""
     if not found["num_queries"]:
         return {}

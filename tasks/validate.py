@@ -14,7 +14,7 @@ from tasks.logbook import validation_entry
 from tasks.prepared import EKFAC, damping_grid
 from tasks.ranking import read_influences
 from tasks.recall import filter_recall
-from tasks.retrieval import retrieval
+from tasks.retrieval import expected_means, retrieval
 from tasks.tracking import record
 from tasks.workspace import StageContext
 
@@ -41,7 +41,7 @@ def run(context: StageContext) -> None:
         "low_rank": summary["rescore"],
         "filter": {key: recall[key] for key in ("recall", "low", "high") if key in recall},
         "baselines": {method: asdict(each) for method, each in agreement.items()},
-        **({"expected": found} if (found := overall(expected)) else {}),
+        **({"expected": found} if (found := expected_means(expected)) else {}),
         "dampings": {
             method: asdict(Agreement.of(influences.of(EKFAC), influences.of(method), seed))
             for method in damping_grid(context.params)

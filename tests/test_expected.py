@@ -10,7 +10,7 @@ import torch
 
 from tasks import filter, store, tokenize, train
 from tasks.expected import Target, expected_targets
-from tasks.retrieval import found_expected, overall
+from tasks.retrieval import expected_means, found_expected
 from tests.small_run import SECTIONS, run_stage, write_lines
 
 DOCUMENTS = [
@@ -117,7 +117,7 @@ def test_recall_and_reciprocal_rank_by_hand():
     assert first["methods"]["bm25"] == {"recall_10": 0, "recall_100": 0, "mrr": 1 / 120}
     assert third["targets"][0]["ranks"]["ekfac"] == 4
     assert third["methods"]["ekfac"] == {"recall_10": 1, "recall_100": 1, "mrr": 1 / 4}
-    assert overall(found) == {
+    assert expected_means(found) == {
         "num_queries": 2,
         "num_expected": 5,
         "num_filtered": 1,
@@ -137,4 +137,4 @@ def test_the_scores_of_a_query_are_those_of_its_place():
 def test_a_run_that_expects_nothing_has_no_numbers():
     found = found_expected(["one"], {}, [0], {"ekfac": torch.zeros(1, 1)})
     assert found == {"num_queries": 0, "queries": {}}
-    assert overall(found) == {}
+    assert expected_means(found) == {}
