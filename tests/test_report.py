@@ -590,6 +590,7 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
         "Recall of the filter": "good",
         "Order under another damping": "poor",
         "Against BM25": "note",
+        "Expected documents found": "fair",
     }
 
 
