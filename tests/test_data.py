@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.querysets import load_queries
+
 FIELDS = {"name", "prompt", "completion", "source", "category", "note"}
 EMBEDDED = ("models", "tinystories", "uci", "mnist", "wikipedia", "dialogue")
+OWN = ("tinystories", "smoke")  # queries written for the project
 STORIES = {"first1000": 1000, "val_slice": 3117, "test_slice": 3118}
 
 
@@ -89,12 +92,38 @@ def test_mnist_is_ten_thousand_labelled_images(root: Path):
     assert list(labels[8:18]) == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]  # as MNIST is known to begin
 
 
-@pytest.mark.parametrize("name", ["tinystories", "smoke"])
+@pytest.mark.parametrize("name", OWN)
 def test_queries_are_complete_and_their_names_differ(root: Path, name: str):
     queries = json_lines(root / f"data/queries/{name}.jsonl")
     assert all(set(query) == FIELDS and all(query.values()) for query in queries)
     assert len({query["name"] for query in queries}) == len(queries)
     assert {query["source"] for query in queries} <= {"model greedy", "human"}
+
+
+def test_every_pack_of_queries_is_one_that_we_read(root: Path, tokenizer):
+    """By our own reader, and its licence stands in the README; typed queries have no source."""
+    files = sorted((root / "data/queries").glob("*.jsonl"))
+    packs = [file for file in files if "source" in json_lines(file)[0]]
+    readme = (root / "data/README.md").read_text("utf-8")
+    row = re.compile(r"^\| `queries/(\w+)\.jsonl` \| (\d+) \| .* \| (.+) \|$", re.MULTILINE)
+    rows = row.findall(readme)
+    assert sorted(name for name, _, _ in rows) == [pack.stem for pack in packs]
+    licences = r"Apache-2\.0|MIT|CC BY|arXiv|as `facts"
+    assert all(re.search(licences, licence) for _, _, licence in rows)
+    for name, count, _ in rows:
+        pack = root / f"data/queries/{name}.jsonl"
+        queries = load_queries(pack, tokenizer, True, 1500)
+        assert len(queries) == int(count)
+        assert pack.stat().st_size <= 60_000
+        assert all(re.fullmatch(r"[a-z0-9][a-z0-9_]*", query.name) for query in queries)
+        if name not in OWN:
+            assert all(query.tags and query.extra["source"] for query in queries)
+    both = load_queries(root / "data/queries/reversed_facts.jsonl", tokenizer, True, None)
+    for fact, other in zip(both[::2], both[1::2], strict=True):
+        assert fact.extra["pair"] == other.extra["pair"]
+        assert (fact.tags[0], other.tags[0]) == ("forward", "reversed")
+        assert fact.completion.strip(" .") in other.prompt
+        assert other.completion.strip(" .") in fact.prompt
 
 
 def test_the_model_is_stories260K(model, tokenizer):
