@@ -144,7 +144,7 @@ def test_a_typed_query_wants_a_name_a_prompt_and_a_completion():
         {"completion": None, "generate": 0},
     ):
         with pytest.raises(ValidationError):
-            TypedQuery(**{"name": "a", "prompt": "b", "completion": "c"} | given)
+            TypedQuery.model_validate({"name": "a", "prompt": "b", "completion": "c"} | given)
 
 
 def test_the_form_has_titles_help_bounds_and_the_runs(schema):
