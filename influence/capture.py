@@ -42,6 +42,7 @@ class Capture:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
+        self._batch: tuple[int, ...] = ()
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._versions: dict[str, tuple[int, int]] = {}
@@ -56,7 +57,8 @@ class Capture:
 
         Raises:
             NonFiniteError: naming the layer, if an activation is NaN or infinite.
-            ValueError: naming the layer, if its input or output was changed in place.
+            ValueError: naming the layer, if its input or output was changed in place, or if it
+                ran on other positions than those of the batch.
         """
         if not torch.isfinite(objective):
             self._explain_non_finite()
@@ -81,15 +83,21 @@ class Capture:
         for name, ds in zip(names, gradients, strict=True):
             layer = by_name[name]
             ds = torch.zeros_like(self._outputs[name]) if ds is None else ds
-            ios[name] = LayerIO(*as_positions(layer, self._inputs[name], ds), layer.has_bias)
+            a, ds = as_positions(layer, self._inputs[name], ds, self._batch)
+            ios[name] = LayerIO(a, ds, layer.has_bias)
         return ios
 
     def _explain_non_finite(self) -> None:
         for name, a in self._inputs.items():
-            bad = ~torch.isfinite(a).flatten(1).all(dim=1)
-            if bad.any():
-                raise NonFiniteError(name, int(bad.nonzero()[0]))
+            bad = ~torch.isfinite(a).flatten()
+            if bad.any():  # sequences come first, also where a model flattens them with positions
+                first = int(bad.nonzero()[0])
+                raise NonFiniteError(name, first * self._batch[0] // len(bad))
         raise NonFiniteError("the output head", None)
+
+    def begin(self, inputs: Tensor) -> None:
+        """Note how many sequences, and positions of tokens, the model is called with."""
+        self._batch = tuple(inputs.shape[:1] if inputs.is_floating_point() else inputs.shape)
 
     def remember(self, layer: Layer, a: Tensor, output: Tensor) -> Tensor:
         """Keep a layer's input and output; the lowest layers' outputs begin the graph."""
@@ -143,6 +151,9 @@ def capture(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Capture]:
             parameter.requires_grad_(False)
         for layer in layers:
             handles.append(layer.module.register_forward_hook(hook(layer)))
+        handles.append(
+            model.register_forward_pre_hook(lambda _, args: captured.begin(args[0]), prepend=True)
+        )
         with torch.enable_grad():
             yield captured
     finally:

@@ -131,11 +131,12 @@ def share_inputs(
 
     One forward pass on any tokens tells, since the sharing is a property of the code.
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, tuple[Tensor, int]] = {}
 
     def watch(name: str):
         def remember(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[name] = args[0]  # holding the tensor keeps its identity unique
+            # Holding the tensor keeps its identity unique; its version counts changes in place.
+            inputs[name] = args[0], args[0]._version
 
         return remember
 
@@ -147,18 +148,20 @@ def share_inputs(
         for handle in handles:
             handle.remove()
 
+    seen = {name: (id(tensor), version) for name, (tensor, version) in inputs.items()}
     first_with: dict[tuple[object, ...], str] = {}
     return tuple(
         replace(
             layer,
             input_group=first_with.setdefault(
-                (id(inputs[layer.name]), layer.has_bias, *_window(layer)), layer.name
+                (*seen[layer.name], layer.has_bias, *_window(layer)), layer.name
             ),
         )
-        if layer.name in inputs
+        if layer.name in seen
         else layer
         for layer in layers
     )
+
 
 
 def layer_groups(
@@ -213,12 +216,22 @@ def _layer(name: str, module: nn.Module) -> Layer:
 
 
 def as_positions(
-    layer: Layer, a: Float[Tensor, "n ..."], ds: Float[Tensor, "n ..."]
+    layer: Layer, a: Float[Tensor, "..."], ds: Float[Tensor, "..."], batch: Sequence[int]
 ) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "n t o"]]:
     """Inputs and output gradients of a layer, by sequence and position.
 
     A single example has one position; the positions of an image are the patches of a convolution,
-    its inputs in the order in which the weight is flattened.
+    its inputs in the order in which the weight is flattened. A model may also put all sequences'
+    positions one below the other before a layer, as OPT does before its MLP.
+
+    Args:
+        layer: that ran.
+        a: its inputs.
+        ds: the gradients of its outputs.
+        batch: of the model's input, (sequences, positions) of tokens and (examples,) of others.
+
+    Raises:
+        ValueError: naming the layer, if it ran on other positions than those of the batch.
     """
     module = layer.module
     if isinstance(module, nn.Conv2d):
@@ -228,8 +241,15 @@ def as_positions(
         assert not isinstance(padding, str)
         patches = nn.functional.unfold(a, size, dilation, padding, stride)
         return patches.mT, ds.flatten(2).mT
-    if a.ndim == 2:
-        return a.unsqueeze(1), ds.unsqueeze(1)
+    places = (*batch, 1)[:2]
+    if a.ndim == 2 and len(a) == places[0] * places[1]:
+        return a.unflatten(0, places), ds.unflatten(0, places)
+    if a.ndim != 3 or a.shape[: len(batch)] != tuple(batch):
+        raise ValueError(
+            f"layer {layer.name!r} ran on inputs of shape {tuple(a.shape)} in a batch of "
+            f"{' × '.join(map(str, batch))} positions, so that their sequences cannot be told; "
+            "leave this layer out of `layers`"
+        )
     return a, ds
 
 
