@@ -35,6 +35,11 @@ class Spectrum:
         return self.squared_sum / self.num_sequences
 
     @property
+    def is_zero(self) -> bool:
+        """Whether no gradient was added up, or none but zeros: an expert that was not reached."""
+        return not bool(self.squared_sum.any())
+
+    @property
     def trace_ratio(self) -> float:
         """‖ds aᵀ‖² after rotation over that before: 1, whatever the gradients are."""
         return float(self.rotated_norm_sum / self.norm_sum)
@@ -57,11 +62,17 @@ def fit_spectra(
 ) -> dict[str, Spectrum]:
     """Λ of every layer from pseudo-gradients, each sequence counting once.
 
+    An expert without an eigenbasis, since no token reached it when the factors were fitted, has
+    Λ = 0: see `Unreached`.
+
     Sums over batches are those of `LongSum`; `bases` are in the pass's dtype.
 
     Raises:
         NonFiniteSequenceError: naming layer and sequence, if a gradient is not finite.
     """
+    for layer in layers:
+        if layer.name not in bases and not layer.is_routed:
+            raise ValueError(f"layer {layer.name!r} has no eigenbasis; fit its factors first")
     squares = _Squares(bases)
     num_sequences = 0
     for batch in batches:  # no name keeps what a pass captured while the next one runs
@@ -85,6 +96,8 @@ class _Squares:
         """A batch more."""
         totals: dict[str, Tensor] = {}
         for name, io in ios.items():
+            if name not in self._bases:  # an expert that no token of the factors' fit reached
+                continue
             basis = self._bases[name]
             if name not in self._sums:
                 self._sums[name] = LongSum(basis.d_out, basis.d_in, io.a)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from influence.experts import separate_experts
 from tasks.checkpoints import ModelReference, checkpoint_files
 
 # Names only: loading the class of models takes seconds, which stages that only tokenize can spare.
@@ -138,7 +139,7 @@ _OF_THREAD = threading.local()
 
 
 def model_for_thread(reference: ModelReference, device: str, dtype: torch.dtype) -> CausalLM:
-    """This thread's replica of a model that the process loads once.
+    """This thread's replica of a model that the process loads once, its experts taken apart.
 
     Only the model asked for last is kept, so that memory holds one.
     """
@@ -147,7 +148,7 @@ def model_for_thread(reference: ModelReference, device: str, dtype: torch.dtype)
         with _LOCK:
             if key not in _LOADED:
                 _LOADED.clear()
-                _LOADED[key] = load_model(reference.folder, device, dtype)
+                _LOADED[key] = separate_experts(load_model(reference.folder, device, dtype))
             _OF_THREAD.model = replicate(_LOADED[key])
         _OF_THREAD.key = key
     return _OF_THREAD.model
