@@ -179,7 +179,6 @@ def share_inputs(
     )
 
 
-
 def layer_groups(
     layers: Sequence[Layer], size: Callable[[Sequence[Layer]], int], memory: int
 ) -> list[tuple[Layer, ...]]:

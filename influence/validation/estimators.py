@@ -13,7 +13,7 @@ from influence.damping import Damping
 from influence.eigenbasis import Eigen, EigenBasis, eigendecompose
 from influence.ekfac import EKFACBlock, kfac_eigenvalues
 from influence.examples import Batch
-from influence.factors import fit_factors
+from influence.factors import Factors, fit_factors
 from influence.layers import Layer
 from influence.solver import Blockwise, GradientDot, Unreached
 from influence.spectrum import Spectrum, fit_spectra
@@ -79,19 +79,7 @@ def fit_curvature(
     """
     seeds = [seed + LABELS_APART * draw for draw in range(2 * draws)]
     factors = reduce(add, [fit_factors(model, layers, batches, each) for each in seeds[:draws]])
-    groups = {
-        group: eigendecompose_blocks(covariance.value, blocks, f"A/{group}")
-        for group, covariance in factors.inputs.items()
-    }
-    eigens = {
-        name: (
-            groups[layer.input_group],
-            eigendecompose_blocks(factors.outputs[name].value, blocks, f"S/{name}"),
-        )
-        for layer in layers
-        for name in [layer.name]
-        if name in factors.outputs or not layer.is_routed
-    }
+    eigens = _eigens(layers, factors, blocks)
     parameter = next(model.parameters())
     bases = {
         name: EigenBasis(A.vectors, S.vectors).to(parameter.dtype, parameter.device)
@@ -112,6 +100,25 @@ def fit_curvature(
             for name, covariance in factors.outputs.items()
         },
     )
+
+
+def _eigens(
+    layers: Sequence[Layer], factors: Factors, blocks: int
+) -> dict[str, tuple[Eigen, Eigen]]:
+    """Of A and S of every layer that has them; a shared A is decomposed once."""
+    groups = {
+        group: eigendecompose_blocks(covariance.value, blocks, f"A/{group}")
+        for group, covariance in factors.inputs.items()
+    }
+    return {
+        name: (
+            groups[layer.input_group],
+            eigendecompose_blocks(factors.outputs[name].value, blocks, f"S/{name}"),
+        )
+        for layer in layers
+        for name in [layer.name]
+        if name in factors.outputs or not layer.is_routed
+    }
 
 
 def fit_diagonal(
