@@ -14,6 +14,7 @@ from influence.experts import RoutedLinear, routers
 ROLES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("*.mlp.*", "*.feed_forward.*", "*.ffn.*", "*.fc1", "*.fc2", "*.experts.*"),
     "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*"),
+    "adapter": ("*.lora_A.*", "*.lora_B.*", "*.modules_to_save.*"),
     "all": ("*",),
 }
 NARROW = frozenset(ROLES) - {"all"}

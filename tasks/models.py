@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from influence.experts import separate_experts
+from tasks.adapters import add_adapter, is_adapter
 from tasks.checkpoints import ModelReference, checkpoint_files
 
 # Names only: loading the class of models takes seconds, which stages that only tokenize can spare.
@@ -24,12 +25,20 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerFast"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def load_model(folder: Path, device: str, dtype: torch.dtype) -> CausalLM:
+def load_model(
+    folder: Path, device: str, dtype: torch.dtype, adapter: Path | None = None
+) -> CausalLM:
     """A causal language model for measuring: no dropout, no gradients, no cache of keys.
 
+    Args:
+        folder: of the checkpoint.
+        device: where it shall be.
+        dtype: of all weights.
+        adapter: the folder of a LoRA adapter of this checkpoint.
+
     Raises:
-        ValueError: no such folder, no safetensors, not a causal language model, or weights that
-            the model needs and the files do not hold.
+        ValueError: no such folder, no safetensors, not a causal language model, weights that
+            the model needs and the files do not hold, or an adapter that does not fit.
     """
     _check_folder(folder)
     transformers.logging.disable_progress_bar()
@@ -54,6 +63,8 @@ def load_model(folder: Path, device: str, dtype: torch.dtype) -> CausalLM:
             "which the model of its config.json needs"
         )
     model.config.use_cache = False
+    if adapter is not None:
+        add_adapter(model, adapter)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -148,7 +159,9 @@ def model_for_thread(reference: ModelReference, device: str, dtype: torch.dtype)
         with _LOCK:
             if key not in _LOADED:
                 _LOADED.clear()
-                _LOADED[key] = separate_experts(load_model(reference.folder, device, dtype))
+                _LOADED[key] = separate_experts(
+                    load_model(reference.folder, device, dtype, reference.adapter_folder)
+                )
             _OF_THREAD.model = replicate(_LOADED[key])
         _OF_THREAD.key = key
     return _OF_THREAD.model
@@ -177,6 +190,11 @@ def generate_greedy(
 
 
 def _check_folder(folder: Path) -> None:
+    if is_adapter(folder):  # which transformers would add to a base of its own choice
+        raise ValueError(
+            f"{folder}: an adapter, not a checkpoint; give it as train.checkpoint.adapter, with "
+            "the checkpoint that it adapts as train.checkpoint.base"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder}: no checkpoint there; a folder with config.json, *.safetensors and a "

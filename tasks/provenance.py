@@ -31,7 +31,7 @@ def header(context: StageContext, reference: PassReference) -> dict[str, object]
     return {
         "run": context.run,
         "model": {
-            "source": model.path,
+            "source": model.name,
             "kind": model.source,
             "parameters": model.num_parameters,
             "digest": model.digest,

@@ -37,6 +37,7 @@ DOORS = {
     "einops": ("influence/*.py", "tasks/*.py"),
     "jaxtyping": ("influence/*.py", "tasks/*.py"),
     "numpy": ("tasks/*.py",),
+    "peft": ("tasks/adapters.py",),
     "transformers": ("tasks/models.py", "tasks/scratch.py", "tasks/train.py"),
     "tokenizers": ("tasks/models.py", "tasks/scratch.py"),
     "huggingface_hub": ("tasks/checkpoints.py",),

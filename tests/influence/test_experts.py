@@ -325,18 +325,19 @@ def test_a_layer_of_no_expert_still_needs_its_eigenbasis():
 # ---- errors
 
 
-def test_a_number_that_is_not_finite_is_laid_to_the_sequence_whose_token_the_expert_saw():
+@pytest.mark.parametrize("row", range(4))
+def test_a_number_that_is_not_finite_is_laid_to_the_sequence_whose_token_the_expert_saw(row):
     model, sequences = mixtures.apart(mixtures.fused("mixtral")), models.corpus()
     [block] = [module for module in model.modules() if isinstance(module, Experts)]
     batch = models.batch(sequences)
-    last = batch.tokens.numel() - batch.tokens.shape[1]  # the last sequence begins here
+    first = row * batch.tokens.shape[1]  # where the sequence begins among all tokens
 
     def spoil(module, args):
         hidden, chosen, weights = args
-        return hidden.index_fill(0, torch.tensor([last]), torch.nan), chosen, weights
+        return hidden.index_fill(0, torch.tensor([first]), torch.nan), chosen, weights
 
     block.register_forward_pre_hook(spoil)
     with pytest.raises(NonFiniteSequenceError) as raised:
         run_pass(model, experts_of(model), batch, training_loss)
-    assert raised.value.sequence_id == 103
+    assert raised.value.sequence_id == 100 + row
     assert ".experts." in raised.value.layer
