@@ -67,7 +67,9 @@ class RoutedLinear(nn.Linear):
         self.weight = nn.Parameter(weight.detach(), weight.requires_grad)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
 
-    def forward(self, input: Float[Tensor, "m i"], route: Route) -> Float[Tensor, "m o"]:
+    def forward(
+        self, input: Float[Tensor, "m i"], route: Route | None = None
+    ) -> Float[Tensor, "m o"]:
         """As any linear layer."""
         return super().forward(input)
 

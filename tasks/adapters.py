@@ -73,10 +73,11 @@ def _config(peft: Any, folder: Path) -> Any:
 def _check_plain(model: nn.Module, folder: Path) -> None:
     """A variant (DoRA, …) uses the matrices for more than a product with the layer's input."""
     for name, module in model.named_modules():
-        if getattr(module, "lora_variant", None):
+        variants: Any = getattr(module, "lora_variant", None)
+        if variants:
             raise ValueError(
                 f"{folder}: layer {name!r} is adapted by a variant of LoRA "
-                f"({', '.join(type(one).__name__ for one in module.lora_variant.values())}), "
+                f"({', '.join(type(one).__name__ for one in variants.values())}), "
                 "whose gradient is not that of a linear layer; plain LoRA alone is supported"
             )
 

@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import nn
 
-from influence.experts import separate_experts
 from tasks.adapters import add_adapter, is_adapter
 from tasks.checkpoints import ModelReference, checkpoint_files
 
@@ -150,7 +149,7 @@ _OF_THREAD = threading.local()
 
 
 def model_for_thread(reference: ModelReference, device: str, dtype: torch.dtype) -> CausalLM:
-    """This thread's replica of a model that the process loads once, its experts taken apart.
+    """This thread's replica of a model that the process loads once.
 
     Only the model asked for last is kept, so that memory holds one.
     """
@@ -159,9 +158,7 @@ def model_for_thread(reference: ModelReference, device: str, dtype: torch.dtype)
         with _LOCK:
             if key not in _LOADED:
                 _LOADED.clear()
-                _LOADED[key] = separate_experts(
-                    load_model(reference.folder, device, dtype, reference.adapter_folder)
-                )
+                _LOADED[key] = load_model(reference.folder, device, dtype, reference.adapter_folder)
             _OF_THREAD.model = replicate(_LOADED[key])
         _OF_THREAD.key = key
     return _OF_THREAD.model
