@@ -1,13 +1,15 @@
 """One pass: layer inputs and output gradients, and no weight gradient anywhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from influence.experts import Route
 from influence.layers import Layer, as_positions
@@ -62,8 +64,11 @@ class Capture:
         self._layers = layers
         self._batch: tuple[int, ...] = ()
         self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._watched: dict[str, list[tuple[Tensor, int]]] = {}
+        # Places in the graph, not tensors: one of them stays the layer's output also where the
+        # model goes on to change the tensor in place, as Falcon does.
+        self._outputs: dict[str, GradientEdge] = {}
+        self._zeros: dict[str, Callable[[], Tensor]] = {}
         self._routes: dict[str, Route] = {}
 
     def backward(
@@ -76,13 +81,13 @@ class Capture:
 
         Raises:
             NonFiniteError: naming the layer, if an activation is NaN or infinite.
-            ValueError: naming the layer, if its input or output was changed in place, or if it
-                ran on other positions than those of the batch.
+            ValueError: naming the layer, if its input was changed in place, or its output where
+                that is a view, or if it ran on other positions than those of the batch.
         """
         if not torch.isfinite(objective):
             self._explain_non_finite()
-        for name, version in self._versions.items():
-            if version != (self._inputs[name]._version, self._outputs[name]._version):
+        for name, watched in self._watched.items():
+            if any(tensor._version != version for tensor, version in watched):
                 raise ValueError(
                     f"the input or output of layer {name!r} is changed in place after the layer "
                     "ran, so its gradient cannot be told; build the model with inplace=False, or "
@@ -101,7 +106,7 @@ class Capture:
         ios = {}
         for name, ds in zip(names, gradients, strict=True):
             layer = by_name[name]
-            ds = torch.zeros_like(self._outputs[name]) if ds is None else ds
+            ds = self._zeros[name]() if ds is None else ds
             if name in self._routes:
                 packed = self._routes[name].pack(self._inputs[name], ds, self._batch[0])
                 ios[name] = LayerIO(*packed[:2], layer.has_bias, packed[2])
@@ -126,27 +131,39 @@ class Capture:
         """Note how many sequences, and positions of tokens, the model is called with."""
         self._batch = tuple(inputs.shape[:1] if inputs.is_floating_point() else inputs.shape)
 
-    def remember(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def remember(self, layer: Layer, args: tuple[Any, ...], output: object) -> Tensor:
         """Keep a layer's input and output; the lowest layers' outputs begin the graph.
 
         Of an expert's layer, the route that its tokens took is its second argument.
         """
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"layer {layer.name!r} returns {type(output).__name__}, not the tensor of a linear "
+                "map; leave this layer out of `layers`"
+            )
         a = args[0]
         if layer.name in self._outputs:
             raise ValueError(
                 f"layer {layer.name!r} ran twice in one pass: weight sharing is not supported; "
                 "leave this layer out of `layers`"
             )
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
         self._inputs[layer.name] = a.detach()
         if layer.is_routed:
             self._routes[layer.name] = args[1]
-        self._outputs[layer.name] = output
         # A detached tensor counts the changes of its original: without weight gradients autograd
         # itself no longer objects to them.
-        self._versions[layer.name] = (a._version, output._version)
-        return output
+        self._watched[layer.name] = [(self._inputs[layer.name], a._version)]
+        self._zeros[layer.name] = partial(
+            torch.zeros, output.shape, dtype=output.dtype, device=output.device
+        )
+        if output.requires_grad:
+            if output._is_view():  # a change in place goes round a view's place in the graph
+                self._watched[layer.name].append((output.detach(), output._version))
+            self._outputs[layer.name] = get_gradient_edge(output)
+            return output
+        start = output.detach().requires_grad_()
+        self._outputs[layer.name] = get_gradient_edge(start)
+        return start.clone()  # a leaf itself must not be changed in place
 
 
 class NonFiniteError(ValueError):
@@ -174,7 +191,7 @@ def capture(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Capture]:
     handles = []
 
     def hook(layer: Layer):
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: object) -> Tensor:
             return captured.remember(layer, args, output)
 
         return keep

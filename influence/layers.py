@@ -13,7 +13,7 @@ from influence.experts import RoutedLinear, routers
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("*.mlp.*", "*.feed_forward.*", "*.ffn.*", "*.fc1", "*.fc2", "*.experts.*"),
-    "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*"),
+    "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*", "*.self_attention.*"),
     "adapter": ("*.lora_A.*", "*.lora_B.*", "*.modules_to_save.*"),
     "all": ("*",),
 }
@@ -68,11 +68,11 @@ def is_linear(module: nn.Module) -> bool:
     """An `nn.Linear`, GPT-2's Conv1D (known by name: this package does not import it), or an
     `nn.Conv2d`, which is linear in the patches that it slides over (Grosse and Martens 2016).
 
-    A kind of `nn.Linear` with a forward of its own (routers that also choose, quantised weights)
-    may do anything."""
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward or isinstance(module, RoutedLinear)
-    return isinstance(module, nn.Conv2d) or type(module).__name__ == "Conv1D"
+    A router that is an `nn.Linear` by descent goes on to choose, and returns its choice (by name:
+    others that descend from it, as Falcon's, compute the same in another way)."""
+    if type(module).__name__.endswith("Router"):
+        return False
+    return isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D"
 
 
 def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer, ...], Coverage]:

@@ -39,7 +39,7 @@ class Family:
 
     Attributes:
         model_type: as in config.json.
-        config: what differs from the sizes that all share.
+        config: what differs from the sizes that all share; None takes one away.
         blocks: the prefix of the decoder layers' names, with a place for their number.
         mlp: the linear layers of one block's MLP, by the ends of their names.
         attention: those of its attention.
@@ -102,20 +102,51 @@ FAMILIES: dict[str, Family] = {
         "phi", config={"rope_parameters": _HALF_ROTARY}, mlp=("mlp.fc1", "mlp.fc2"),
         attention=(*_QKV, "self_attn.dense"), shared=((*_QKV, "mlp.fc1"),),
     ),
+    "gpt_neo": Family(
+        "gpt_neo", "transformer.h.{}.",
+        {
+            "num_hidden_layers": 2, "attention_types": [[["local", "global"], 1]],
+            "window_size": WINDOW, "num_layers": 2, "num_heads": 2,
+        },
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+        attention=tuple(f"attn.attention.{part}_proj" for part in ("q", "k", "v", "out")),
+        shared=(tuple(f"attn.attention.{part}_proj" for part in "qkv"),), tied=True, others=(),
+    ),
+    "bloom": Family(
+        "bloom", "transformer.h.{}.",
+        mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        attention=("self_attention.query_key_value", "self_attention.dense"),
+        shared=(), tied=True, others=(),
+    ),
+    "falcon": Family(
+        "falcon", "transformer.h.{}.", {"head_dim": None, "ffn_hidden_size": 5},
+        mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        attention=("self_attention.query_key_value", "self_attention.dense"),
+        shared=(("self_attention.query_key_value", "mlp.dense_h_to_4h"),), tied=True, others=(),
+    ),
     "olmo2": Family("olmo2", norms=("self_attn.q_norm", "self_attn.k_norm")),
 }  # fmt: skip
 
 
 def build(name: str, attention: str | None = None, seed: int = 0) -> nn.Module:
-    """The family's model in float64; wrap its passes in `double_throughout`.
+    """The family's model, computing in float64 throughout.
 
     `attention` is transformers' `attn_implementation`; None: its own choice, as in a load.
     """
     family = FAMILIES[name]
-    config = AutoConfig.for_model(family.model_type, **{**_SIZES, **family.config})
+    sizes = {key: size for key, size in {**_SIZES, **family.config}.items() if size is not None}
+    config = AutoConfig.for_model(family.model_type, **sizes)
     config.use_cache = False
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return randomise(model, seed)
+    model = randomise(model, seed)
+    run = model.forward
+
+    def in_double(*args: Any, **options: Any) -> Any:
+        with double_throughout():
+            return run(*args, **options)
+
+    model.forward = in_double
+    return model
 
 
 class _Double(TorchFunctionMode):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from influence.capture import capture
 from influence.contraction import ByToken
 from influence.damping import RelativeDamping
 from influence.experts import Experts, RoutedLinear, separate_experts
@@ -124,15 +125,12 @@ def test_routers_are_attributed_under_all_where_they_are_linear_layers():
     assert [layer.d_out for layer in named] == [1]
 
 
-def test_a_kind_of_linear_layer_with_a_forward_of_its_own_is_not_taken_for_one():
-    class Choosing(nn.Linear):
-        def forward(self, input):
-            return super().forward(input).topk(1)
-
-    model = nn.Sequential(Choosing(2, 2), nn.Linear(2, 2))
-    layers, coverage = find_layers(model, ["all"])
-    assert [layer.name for layer in layers] == ["1"]
-    assert coverage.left_out[0].reason == "Choosing is not a linear layer"
+def test_a_router_that_descends_from_a_linear_layer_is_not_taken_for_one():
+    model = mixtures.apart(mixtures.fused("phimoe"))
+    _, coverage = find_layers(model, ["all"])
+    [router] = [left for left in coverage.left_out if left.name.endswith("router")]
+    assert isinstance(model.get_submodule(router.name), nn.Linear)
+    assert router.reason == "PhimoeTopKRouter is not a linear layer"
 
 
 def test_experts_share_no_input_and_the_shared_expert_does():
@@ -330,14 +328,28 @@ def test_a_number_that_is_not_finite_is_laid_to_the_sequence_whose_token_the_exp
     model, sequences = mixtures.apart(mixtures.fused("mixtral")), models.corpus()
     [block] = [module for module in model.modules() if isinstance(module, Experts)]
     batch = models.batch(sequences)
-    first = row * batch.tokens.shape[1]  # where the sequence begins among all tokens
+    position = int(batch.loss_positions[row].nonzero()[0])
+    place = row * batch.tokens.shape[1] + position  # among all tokens
 
     def spoil(module, args):
         hidden, chosen, weights = args
-        return hidden.index_fill(0, torch.tensor([first]), torch.nan), chosen, weights
+        return hidden.index_fill(0, torch.tensor([place]), torch.nan), chosen, weights
 
     block.register_forward_pre_hook(spoil)
     with pytest.raises(NonFiniteSequenceError) as raised:
         run_pass(model, experts_of(model), batch, training_loss)
     assert raised.value.sequence_id == 100 + row
     assert ".experts." in raised.value.layer
+
+
+def test_a_layer_that_returns_more_than_a_tensor_is_an_error_by_its_name():
+    class Choosing(nn.Linear):
+        def forward(self, input):
+            return super().forward(input).topk(1)
+
+    layers, _ = find_layers(nn.Sequential(Choosing(2, 2)), ["all"])
+    with (
+        capture(model := nn.Sequential(layers[0].module), layers),
+        pytest.raises(ValueError, match=r"layer '0' returns topk"),
+    ):
+        model(torch.ones(1, 2))
