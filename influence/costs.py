@@ -7,6 +7,7 @@ Which form of a product runs is asked of the code that chooses it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -15,6 +16,8 @@ from influence.eigenbasis import EigenBasis
 from influence.layers import Layer
 from influence.lowrank import ITERATIONS, SPARE, LowRank
 from influence.sums import BLOCK
+
+Number = int | float  # whole or an average
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +81,17 @@ def num_prepared(layers: Sequence[Layer], rank: int | None) -> int:
     return sum((layer.d_in + layer.d_out) * kept_rank(layer, rank) for layer in layers)
 
 
-def training_flop(model: ModelShape, length: float) -> float:
+def training_flop(model: ModelShape, length: Number) -> Number:
     """Of one token in a sequence of `length`: forward, input gradients, weight gradients: 1 fb."""
     return 6 * model.num_multiplied + 12 * model.attention * length
 
 
-def pass_flop(model: ModelShape, length: float) -> float:
+def pass_flop(model: ModelShape, length: Number) -> Number:
     """Of one token: forward and input gradients; no weight gradient is formed."""
     return 4 * model.num_multiplied + 12 * model.attention * length
 
 
-def factor_flop(layers: Sequence[Layer]) -> float:
+def factor_flop(layers: Sequence[Layer]) -> Number:
     """Of one token: its products for A and S, of which blocks below the diagonal are left out."""
     return sum(2 * _upper(size) for size in sides(layers))
 
@@ -100,21 +103,25 @@ def _upper(size: int) -> int:
     return sum((min(start + BLOCK, size) - start) * (size - start) for start in starts)
 
 
-def rotation_flop(layer: Layer, length: float) -> float:
+def rotation_flop(layer: Layer, length: Number) -> Number:
     """Of one sequence: its gradient formed and rotated, each side before the sum or after it."""
-    i, o = layer.d_in, layer.d_out
+    return _rotation_flop(layer.d_in, layer.d_out, length)
+
+
+@cache
+def _rotation_flop(i: int, o: int, length: Number) -> Number:
     basis = EigenBasis(torch.empty(i, i, device="meta"), torch.empty(o, o, device="meta"))
     inputs = length if basis.rotates_inputs_first(round(length)) else o
     outputs = length if basis.rotates_outputs_first(round(length)) else i
     return 2 * inputs * i**2 + 2 * outputs * o**2 + 2 * length * i * o
 
 
-def spectrum_flop(layers: Sequence[Layer], length: float) -> float:
+def spectrum_flop(layers: Sequence[Layer], length: Number) -> Number:
     """Of one sequence: rotated gradients, squared and added."""
     return sum(rotation_flop(each, length) + 2 * each.d_in * each.d_out for each in layers)
 
 
-def eigen_flop(size: int) -> float:
+def eigen_flop(size: int) -> Number:
     """All eigenvalues and eigenvectors of a symmetric matrix: 9 n³ (Golub and Van Loan 2013, §8.3).
 
     An order of magnitude: the divide-and-conquer that runs does less where eigenvalues cluster.
@@ -122,7 +129,7 @@ def eigen_flop(size: int) -> float:
     return 9.0 * size**3
 
 
-def query_flop(layers: Sequence[Layer], length: float, rank: int | None, solved: int) -> float:
+def query_flop(layers: Sequence[Layer], length: Number, rank: int | None, solved: int) -> Number:
     """Of one query: its gradient rotated, divided and truncated, once a damping.
 
     Args:
@@ -140,7 +147,7 @@ def query_flop(layers: Sequence[Layer], length: float, rank: int | None, solved:
     return total
 
 
-def truncation_flop(layer: Layer, rank: int | None) -> float:
+def truncation_flop(layer: Layer, rank: int | None) -> Number:
     """The leading singular vectors of one matrix."""
     long, short = max(layer.d_in, layer.d_out), min(layer.d_in, layer.d_out)
     if rank is None or rank >= short:
@@ -154,12 +161,12 @@ def truncation_flop(layer: Layer, rank: int | None) -> float:
 
 def contraction_flop(
     layer: Layer,
-    length: float,
+    length: Number,
     num_queries: int,
     rank: int | None,
-    window: float = float("inf"),
+    window: Number = float("inf"),
     columns: int | None = None,
-) -> float:
+) -> Number:
     """Of one sequence with all queries, in the form that `Contractions` takes.
 
     Args:
@@ -176,11 +183,16 @@ def contraction_flop(
         a_side, s_side = min(shared, i), min(shared, o)
         met = 2 * (length + num_queries) * a_side * s_side
         return 2 * length * (i * a_side + o * s_side) + met
-    query = LowRank(
-        torch.empty(num_queries, o, kept, device="meta"),
-        torch.empty(num_queries, kept, i, device="meta"),
-    )
-    if forms_gradients(query, round(length), window):
+    if _forms_gradients(i, o, num_queries, kept, round(length), window):
         made = num_queries * kept / window
         return 2 * (length + num_queries + made) * i * o
     return 2 * length * num_queries * kept * (i + o)
+
+
+@cache
+def _forms_gradients(
+    i: int, o: int, num_queries: int, rank: int, length: int, window: Number
+) -> bool:
+    left = torch.empty(num_queries, o, rank, device="meta")
+    right = torch.empty(num_queries, rank, i, device="meta")
+    return forms_gradients(LowRank(left, right), length, window)

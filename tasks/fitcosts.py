@@ -2,9 +2,11 @@
 
 from influence import costs
 from tasks.layergroups import factor_bytes, spectrum_bytes
-from tasks.stagecosts import DOUBLE, EIGEN, KEPT, ROW, Planned, StageCost, training_cost
+from tasks.stagecosts import DOUBLE, EIGEN, ENCODED, KEPT, ROW, Planned, StageCost, training_cost
 
-HEADER = 150  # bytes that a tensor's entry takes in a file of tensors
+FOOTER = 6_000  # bytes that a table takes beside its rows: its schema, and where columns begin
+DOCUMENTS = 512  # that a worker tokenises at once
+HEADER = 105  # bytes that a tensor's entry takes in a file of tensors
 
 
 def fit_costs(planned: Planned) -> list[StageCost]:
@@ -24,7 +26,11 @@ def tokenize_cost(planned: Planned) -> StageCost:
     corpus = planned.sizes.corpus
     tokens = 5.0 * corpus.num_tokens
     rows = (ROW * corpus.num_sequences) + (3 * corpus.num_documents)
-    held = KEPT * tokens + 300.0 * (corpus.num_documents + corpus.num_sequences)  # and their names
+    shards = planned.shards(corpus.num_documents)
+    a_document = corpus.num_tokens / max(1, corpus.num_documents)
+    encoded = min(DOCUMENTS, corpus.num_documents / shards) * a_document * ENCODED
+    held = KEPT * tokens + planned.at_once(shards) * encoded
+    held += 300.0 * (corpus.num_documents + corpus.num_sequences)  # and their names
     return planned.cost(
         "tokenize",
         sequences=corpus.num_sequences,
@@ -32,7 +38,7 @@ def tokenize_cost(planned: Planned) -> StageCost:
         host=planned.sizes.base + held,
         disk=tokens + DOUBLE * corpus.num_sequences + rows,
         work=5.0 * corpus.num_tokens / 2,  # parquet packs tokens into about half
-        shards=planned.shards(corpus.num_documents),
+        shards=shards,
     )
 
 
@@ -45,7 +51,7 @@ def filter_cost(planned: Planned) -> StageCost:
         sequences=corpus.num_sequences,
         tokens=corpus.num_tokens,
         host=planned.sizes.base + 5.0 * corpus.num_tokens + 4.0 * table,
-        disk=planned.num_candidates * (13 + 6.0 * queries),
+        disk=planned.num_candidates * (13 + 6.0 * queries) + 2 * FOOTER,
         work=float(table),
         shards=planned.shards(corpus.num_sequences),
     )
@@ -88,7 +94,7 @@ def eigen_cost(planned: Planned) -> StageCost:
     return planned.cost(
         "eigen",
         flop=sum(map(costs.eigen_flop, sides)),
-        host=planned.sizes.base + EIGEN * sum(size**2 for size in largest),
+        host=planned.sizes.bare + EIGEN * sum(size**2 for size in largest),
         disk=kept,
         work=kept,
         shards=shards,

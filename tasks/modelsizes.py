@@ -84,7 +84,7 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
     try:
         probe = torch.zeros(1, 2, dtype=torch.int64, device="meta")
         layers = share_inputs(Unmasked(model), layers, probe)
-        held = _held_of_all(model, of, length)
+        kept = _kept_of_all(model, of, length)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be sized without its weights: its passes depend on "
@@ -99,8 +99,8 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
         config.num_hidden_layers * config.num_attention_heads * width,
         vocabulary_size(model),
     )
-    held += sum(layer.d_out for layer in layers)  # their gradients, all kept until the pass ends
-    return ModelSizes(shape, held, getattr(config, "max_position_embeddings", None), folder)
+    # Kept for the backward, and as much again for gradients on their way (tasks/budget.py).
+    return ModelSizes(shape, 2 * kept, getattr(config, "max_position_embeddings", None), folder)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -117,14 +117,14 @@ def _untrained(architecture: Architecture, blocks: int | None) -> CausalLM:
     return cast(CausalLM, model.eval().requires_grad_(False))
 
 
-def _held_of_all(model: CausalLM, of: Callable[[int | None], CausalLM], length: int) -> float:
+def _kept_of_all(model: CausalLM, of: Callable[[int | None], CausalLM], length: int) -> float:
     """Of one block and of two: what a further one adds, all others add as well."""
     blocks = model.config.num_hidden_layers
-    one = held_numbers(of(1), length)
-    return one if blocks == 1 else one + (blocks - 1) * (held_numbers(of(2), length) - one)
+    one = kept_numbers(of(1), length)
+    return one if blocks == 1 else one + (blocks - 1) * (kept_numbers(of(2), length) - one)
 
 
-def held_numbers(model: CausalLM, length: int) -> float:
+def kept_numbers(model: CausalLM, length: int) -> float:
     """Numbers a token that autograd keeps of a pass through a model on the device `meta`.
 
     Fused attention keeps no table of positions by positions; on this device it is not fused, and

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Rates:
     """What was timed here.
 
     Attributes:
-        start: seconds until a stage's process works, and `base` its bytes then.
+        start: seconds until a stage's process works; its bytes then, `base` if it has a model and
+            `bare` if it has none.
         checks: seconds that stage validate takes more to start, and `checks_base` its bytes.
         load: seconds to load the model.
         fb: seconds a token of one forward and backward of training, by one worker.
@@ -66,6 +67,7 @@ class Rates:
     """
 
     start: float
+    bare: int
     base: int
     checks: float
     checks_base: int
@@ -77,13 +79,14 @@ class Rates:
     flops: float | None = None
 
 
-def startup(folder: Path | None) -> dict[str, float]:
+def startup(params: RunParams, folder: Path | None) -> dict[str, float]:
     """What a process costs before it works.
 
     Raises:
         ValueError: if it fails.
     """
-    command = [sys.executable, "-m", "tasks.startup", *([str(folder)] if folder else [])]
+    trained = isinstance(params.train, Scratch) and params.train.scratch.architecture
+    command = [sys.executable, "-m", "tasks.startup", trained or str(folder)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if found.returncode:
         raise ValueError(f"a stage's process does not start: {found.stderr.strip()[-300:]}")
@@ -126,10 +129,17 @@ def probe_rates(planned: Planned, device: str, started: Mapping[str, float]) -> 
         eigen = _seconds(workers, lambda _: _decompose(size)) / costs.eigen_flop(size)
     finally:
         torch.set_num_threads(threads)
+    return replace(
+        of_start(started), load=load, fb=fb, by_token=by_token, by_query=by_query, eigen=eigen,
+        flops=costs.pass_flop(shape, length) / plain,
+    )  # fmt: skip
+
+
+def of_start(started: Mapping[str, float]) -> Rates:
+    """What `startup` found, and nothing of the work."""
     return Rates(
-        started["seconds"], int(started["bytes"]), started["checks_seconds"],
-        int(started["checks_bytes"]), load, fb, by_token, by_query, eigen,
-        costs.pass_flop(shape, length) / plain,
+        started["seconds"], int(started["bare_bytes"]), int(started["bytes"]),
+        started["checks_seconds"], int(started["checks_bytes"]),
     )  # fmt: skip
 
 
@@ -152,7 +162,7 @@ def _seconds(workers: Sequence["_Worker"], work: Callable[["_Worker"], object]) 
         def timed(worker: _Worker) -> tuple[int, float]:
             limit_torch_threads(worker.cores)
             begun, done = time.monotonic(), 0
-            while done < BATCHES and time.monotonic() - begun < ENOUGH:
+            while not done or (done < BATCHES and time.monotonic() - begun < ENOUGH):
                 work(worker)
                 worker.wait()
                 done += 1

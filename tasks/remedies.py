@@ -33,7 +33,7 @@ def lacks(planned: Planned, done: frozenset[str] = frozenset()) -> list[Lack]:
     hardware, found = planned.hardware, list[Lack]()
     if not stages:
         return found
-    fullest = _fullest(stages)
+    fullest = fullest(stages)
     found.append(Lack(DISK, fullest[0], fullest[1], hardware.disk))
     if hardware.device_memory is not None:
         worst = max(stages, key=lambda each: each.device)
@@ -43,7 +43,7 @@ def lacks(planned: Planned, done: frozenset[str] = frozenset()) -> list[Lack]:
     return [each for each in found if each.need > each.there]
 
 
-def _fullest(stages: list[StageCost]) -> tuple[str, float]:
+def fullest(stages: list[StageCost]) -> tuple[str, float]:
     """The stage at which most is on the disk: all outputs so far, and its partial results."""
     kept, most, name = 0.0, 0.0, stages[0].stage
     for each in stages:
@@ -96,17 +96,20 @@ def smallest_change(planned: Planned, done: frozenset[str] = frozenset()) -> dic
     those that change what is computed. Empty if nothing helps.
     """
     for key, values in settings(planned.params):
+        if not values or lacks(changed(planned, {key: values[-1]}), done):
+            continue  # not even the most of it would do
         for value in values:
             if not lacks(changed(planned, {key: value}), done):
                 return {key: value}
     taken: dict[str, Any] = {}
     for key, values in settings(planned.params):
-        before = _shortage(planned, taken, done)
-        for value in values:
-            tried = taken | {key: value}
-            if not lacks(changed(planned, tried), done):
-                return _needed(planned, tried, done)
-        if values and _shortage(planned, taken | {key: values[-1]}, done) < before:
+        if not values:
+            continue
+        left = _shortage(planned, taken | {key: values[-1]}, done)
+        if not left:
+            fits = (value for value in values if not _shortage(planned, taken | {key: value}, done))
+            return _needed(planned, taken | {key: next(fits)}, done)
+        if left < _shortage(planned, taken, done):
             taken |= {key: values[-1]}
     return {}
 

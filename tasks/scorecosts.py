@@ -3,7 +3,7 @@
 from influence import costs
 from influence.layers import Layer
 from influence.streaming import MEMORY
-from tasks.fitcosts import HEADER, gradients_of_batch
+from tasks.fitcosts import FOOTER, HEADER, gradients_of_batch
 from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.stagecosts import (
     CELL,
@@ -102,7 +102,7 @@ def stream_cost(planned: Planned) -> StageCost:
         sequences=sequences,
         flop=planned.pass_flop(sequences) + contracted,
         **planned.memory(shards, each),
-        disk=sequences * (DOUBLE + 4.0 * numbers) + shards * 2 * HEADER,
+        disk=sequences * (DOUBLE + 4.0 * numbers) + shards * 3 * HEADER,
         shards=shards,
     )
 
@@ -133,7 +133,7 @@ def score_cost(planned: Planned) -> StageCost:
         **planned.memory(
             shards, full + dense_bytes(planned, queries), once=full + 200.0 * table + 8 * grids
         ),
-        disk=table * SCORE + grids + own,
+        disk=table * SCORE + grids + own + 3 * FOOTER,
         work=float(full + 4 * pairs * planned.length * len(planned.layers)),
         shards=shards,
     )
@@ -173,4 +173,4 @@ def report_cost(planned: Planned) -> StageCost:
     """The page holds every token that it shows with its share."""
     shown = 2 * planned.params.report.top * planned.sizes.num_queries * planned.length
     page = PAGE + SHOWN * shown
-    return planned.cost("report", host=planned.sizes.base + 20 * page, disk=page)
+    return planned.cost("report", host=planned.sizes.bare + 20 * page, disk=page)

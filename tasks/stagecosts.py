@@ -23,6 +23,7 @@ EIGEN = 6 * DOUBLE  # bytes a number of a matrix that is decomposed: copies and 
 QUERIES_AT_ONCE = 32  # of stage query
 GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
 KEPT = 3  # copies of what is tokenised: parts, whole, and the windows cut from it
+ENCODED = 270  # bytes of a token while a tokenizer has it, with its place in the text
 # Bytes that parquet and HTML take on disk, measured: a row of scores, of a table of ranks, of the
 # corpus; a layer and token of a grid, a token beside it; a token of the page, and the page itself.
 SCORE, RANK, ROW, CELL, TOKEN, SHOWN, PAGE = 12, 22, 20, 4.3, 7, 24, 155_000
@@ -36,8 +37,10 @@ class Sizes:
     corpus: CorpusSize
     num_queries: int
     query_length: float
+    bare: int
+    """Bytes of a process that has imported what every stage needs."""
     base: int
-    """Bytes of a process that has imported what a stage needs."""
+    """And of one with a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class Planned:
         if runtime.tokens_per_batch != "auto":
             return max(longest, runtime.tokens_per_batch)
         kind = "cpu" if self.hardware.device_memory is None else "cuda"
-        each = max(1, int(2 * self.sizes.model.held * self.itemsize))
+        each = max(1, int(self.sizes.model.held * self.itemsize))
         free = max(1, self.hardware.free - self.weights)
         return fitting_tokens(kind, free, runtime.workers, each, longest)
 
@@ -204,7 +207,7 @@ def training_cost(planned: Planned) -> StageCost:
         tokens=sequences * length,
         flop=sequences * length * costs.training_flop(shape, length),
         host=planned.sizes.base + 4 * weights + held,  # weights, gradients, Adam's two moments
-        disk=weights + 35 * train.scratch.vocabulary,  # and the tokenizer
+        disk=weights + 35 * train.scratch.vocabulary + 9000,  # and the tokenizer, losses, digests
     )
 
 

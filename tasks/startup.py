@@ -1,4 +1,6 @@
-"""`python -m tasks.startup [FOLDER]`: what a stage's process costs before it works, as JSON.
+"""`python -m tasks.startup MODEL`: what a stage's process costs before it works, as JSON.
+
+MODEL is the folder of a checkpoint, or an architecture of transformers.
 
 A process of its own, because only a fresh one imports everything anew.
 """
@@ -16,21 +18,29 @@ CHECKS = ("mlflow", "matplotlib.pyplot", "bm25s")  # of stage validate, beside t
 
 
 def main(arguments: list[str]) -> None:
-    """Import what stages import; print seconds since the process began, and its memory."""
-    begun = psutil.Process().create_time()
+    """Import what stages import; print the seconds that took, and the process's memory.
+
+    Seconds of the processor: what else is at work on the machine now need not be later.
+    """
     for name in TOOLS:
         importlib.import_module(name)
     from tasks import models
 
-    for folder in arguments:  # the class of the model comes with it
-        models.without_weights(Path(folder), 1)
-    seconds, resident = time.time() - begun, psutil.Process().memory_info().rss
+    bare = psutil.Process().memory_info().rss
+    for model in arguments:  # its class comes with it
+        if (Path(model) / "config.json").is_file():
+            models.without_weights(Path(model), 1)
+        else:
+            importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+            importlib.import_module("transformers.trainer")
+    seconds, resident = time.process_time(), psutil.Process().memory_info().rss
     for name in CHECKS:
         importlib.import_module(name)
     told = {
         "seconds": seconds,
+        "bare_bytes": bare,
         "bytes": resident,
-        "checks_seconds": time.time() - begun - seconds,
+        "checks_seconds": time.process_time() - seconds,
         "checks_bytes": psutil.Process().memory_info().rss - resident,
     }
     print(json.dumps(told))
