@@ -122,7 +122,7 @@ def _characters(document: Document) -> int:
 def count_documents(corpus: Corpus) -> tuple[int, str]:
     """How many documents there are, and how that is known: counted, or told from the bytes."""
     found = unread(corpus.path, corpus.separator)
-    begun, content = time.monotonic(), list[bytes]()
+    begun, content, counted = time.monotonic(), list[bytes](), 0
     for counted, each in enumerate(itertools.islice(found, corpus.limit), start=1):
         if len(content) < SAMPLE:
             content.append(each.content if isinstance(each.content, bytes) else _bytes(each.read()))

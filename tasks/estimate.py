@@ -18,8 +18,9 @@ from tasks.models import Tokenizer, load_tokenizer
 from tasks.modelsizes import model_sizes
 from tasks.params import RunParams, load_params
 from tasks.plan import FORM, Plan, StagePlan
-from tasks.probe import Rates, of_start, probe_rates, startup
+from tasks.probe import probe_rates
 from tasks.querysets import check_queries
+from tasks.rates import Rates, of_start, startup
 from tasks.remedies import refusal
 from tasks.runners import num_cores
 from tasks.stagecosts import Planned, Sizes, StageCost, stage_costs

@@ -4,9 +4,6 @@ Times of passes are of as many workers at once as the run has: on a small model 
 another, which no arithmetic tells.
 """
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +34,7 @@ from tasks.models import load_model, replicate
 from tasks.origin import Scratch
 from tasks.params import RunParams
 from tasks.precision import DTYPES
+from tasks.rates import Rates, of_start
 from tasks.runners import cores_of_shard
 from tasks.scorecosts import prepared_bytes
 from tasks.shards import limit_torch_threads
@@ -48,49 +46,6 @@ LARGEST = 768  # rows of a matrix that is decomposed to see how fast that goes
 SHARE = 0.25  # of the free memory that a probe may take
 LONGEST = 20.0  # seconds of one batch by the arithmetic, at `SLOW`, above which none is tried
 SLOW = 2e10  # FLOP a second of a slow core
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What was timed here.
-
-    Attributes:
-        start: seconds until a stage's process works; its bytes then, `base` if it has a model and
-            `bare` if it has none.
-        checks: seconds that stage validate takes more to start, and `checks_base` its bytes.
-        load: seconds to load the model.
-        fb: seconds a token of one forward and backward of training, by one worker.
-        by_token: seconds a token by kind of work, all workers at once.
-        by_query: seconds a query.
-        eigen: seconds of a decomposition by its FLOP.
-        flops: FLOP a second of passes, all workers together.
-    """
-
-    start: float
-    bare: int
-    base: int
-    checks: float
-    checks_base: int
-    load: float = 0.0
-    fb: float | None = None
-    by_token: Mapping[str, float] | None = None
-    by_query: float | None = None
-    eigen: float | None = None
-    flops: float | None = None
-
-
-def startup(params: RunParams, folder: Path | None) -> dict[str, float]:
-    """What a process costs before it works.
-
-    Raises:
-        ValueError: if it fails.
-    """
-    trained = isinstance(params.train, Scratch) and params.train.scratch.architecture
-    command = [sys.executable, "-m", "tasks.startup", trained or str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if found.returncode:
-        raise ValueError(f"a stage's process does not start: {found.stderr.strip()[-300:]}")
-    return json.loads(found.stdout.splitlines()[-1])
 
 
 def probe_rates(planned: Planned, device: str, started: Mapping[str, float]) -> Rates:
@@ -135,14 +90,6 @@ def probe_rates(planned: Planned, device: str, started: Mapping[str, float]) -> 
     )  # fmt: skip
 
 
-def of_start(started: Mapping[str, float]) -> Rates:
-    """What `startup` found, and nothing of the work."""
-    return Rates(
-        started["seconds"], int(started["bare_bytes"]), int(started["bytes"]),
-        started["checks_seconds"], int(started["checks_bytes"]),
-    )  # fmt: skip
-
-
 def _model(params: RunParams, folder: Path | None, device: str) -> Any:
     dtype = DTYPES[params.runtime.dtype]
     if folder is not None:
@@ -150,7 +97,7 @@ def _model(params: RunParams, folder: Path | None, device: str) -> Any:
     from tasks.train import new_model  # the Trainer is slow to import
 
     assert isinstance(params.train, Scratch)
-    model = new_model(params.train.scratch, params.train.scratch.vocabulary)
+    model: Any = new_model(params.train.scratch, params.train.scratch.vocabulary)
     model.config.use_cache = False
     return model.to(device, dtype).eval().requires_grad_(False)
 

@@ -1,6 +1,6 @@
 """What does not fit, and the smallest change of the params that would: found by trying."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ def lacks(planned: Planned, done: frozenset[str] = frozenset()) -> list[Lack]:
     hardware, found = planned.hardware, list[Lack]()
     if not stages:
         return found
-    fullest = fullest(stages)
-    found.append(Lack(DISK, fullest[0], fullest[1], hardware.disk))
+    stage, most = fullest(stages)
+    found.append(Lack(DISK, stage, most, hardware.disk))
     if hardware.device_memory is not None:
         worst = max(stages, key=lambda each: each.device)
         found.append(Lack(DEVICE, worst.stage, worst.device, hardware.device_memory))
@@ -43,7 +43,7 @@ def lacks(planned: Planned, done: frozenset[str] = frozenset()) -> list[Lack]:
     return [each for each in found if each.need > each.there]
 
 
-def fullest(stages: list[StageCost]) -> tuple[str, float]:
+def fullest(stages: Sequence[StageCost]) -> tuple[str, float]:
     """The stage at which most is on the disk: all outputs so far, and its partial results."""
     kept, most, name = 0.0, 0.0, stages[0].stage
     for each in stages:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from influence import costs
 from tasks.origin import Scratch
-from tasks.probe import Rates
+from tasks.rates import Rates
 from tasks.runners import num_cores
 from tasks.stagecosts import Planned, StageCost
 from tasks.textrates import TextRates

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
             models.without_weights(Path(model), 1)
         else:
             importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-            importlib.import_module("transformers.trainer")
+            importlib.import_module("tasks.train")
     seconds, resident = time.process_time(), psutil.Process().memory_info().rss
     for name in CHECKS:
         importlib.import_module(name)

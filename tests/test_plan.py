@@ -20,7 +20,8 @@ from tasks.modelsizes import model_sizes
 from tasks.params import RunParams
 from tasks.plan import plan_run
 from tasks.plantable import compared_rows, markdown
-from tasks.probe import of_start, probe_rates
+from tasks.probe import probe_rates
+from tasks.rates import of_start
 from tasks.remedies import changed, fullest, lacks, refusal, smallest_change
 from tasks.stagecosts import Planned, Sizes, StageCost, stage_costs
 from tests.small_run import MODEL, SECTIONS, stage_context
@@ -212,7 +213,7 @@ def test_described_hardware_gives_time_by_arithmetic(root):
     fast = plan_run(root, "small", "small", one.replace("0.001", "0.002"))
     for each, other in zip(slow.stages, fast.stages, strict=True):
         if each.stage in ("factors", "correct", "stream", "score", "query"):
-            assert each.seconds == pytest.approx(2 * other.seconds)
+            assert each.seconds == pytest.approx(2 * (other.seconds or 0))
     assert not (root / "plans").exists(), "the plan of another machine is not kept"
 
 
