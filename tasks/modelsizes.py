@@ -12,7 +12,7 @@ from influence.costs import ModelShape
 from influence.layers import find_layers, is_linear, share_inputs
 from tasks.checkpoints import cached_snapshot, read_reference
 from tasks.models import CausalLM, Unmasked, vocabulary_size, without_weights
-from tasks.origin import Architecture, HubCheckpoint, Scratch
+from tasks.origin import Architecture, FineTuned, HubCheckpoint, Scratch
 from tasks.params import RunParams
 
 LOGITS = 4  # tensors of logits at once: themselves, their log-softmax, and the gradients of both
@@ -53,6 +53,8 @@ def model_folder(params: RunParams, root: Path, train: Path) -> Path | None:
             pass
     if isinstance(params.train, Scratch):
         return None
+    if isinstance(params.train, FineTuned):
+        return root / params.train.finetune.path
     checkpoint = params.train.checkpoint
     if isinstance(checkpoint, HubCheckpoint):
         return cached_snapshot(checkpoint.hub, checkpoint.revision)

@@ -14,7 +14,7 @@ from tasks.corpussize import CorpusSize
 from tasks.hardware import Hardware
 from tasks.layergroups import SHARE
 from tasks.modelsizes import ModelSizes
-from tasks.origin import Scratch
+from tasks.origin import Checkpoint, Scratch
 from tasks.params import RunParams, Tfidf
 from tasks.precision import DTYPES, dtype_at_rest
 
@@ -196,18 +196,19 @@ def training_cost(planned: Planned) -> StageCost:
     """Stage `train`: all of the model in float32, to check it or to train it."""
     shape, train = planned.sizes.model.shape, planned.params.train
     weights = 4.0 * shape.num_parameters
-    if not isinstance(train, Scratch):
+    if isinstance(train, Checkpoint):
         return planned.cost("train", host=planned.sizes.base + weights, disk=700)
-    length = train.scratch.context
-    sequences = train.scratch.steps * train.scratch.batch
-    held = train.scratch.batch * length * planned.sizes.model.pass_bytes(4)
+    told = train.scratch if isinstance(train, Scratch) else train.finetune
+    length = train.scratch.context if isinstance(train, Scratch) else planned.length
+    sequences = told.steps * told.batch
+    held = told.batch * length * planned.sizes.model.pass_bytes(4)
     return planned.cost(
         "train",
         sequences=sequences,
         tokens=sequences * length,
         flop=sequences * length * costs.training_flop(shape, length),
         host=planned.sizes.base + 4 * weights + held,  # weights, gradients, Adam's two moments
-        disk=weights + 35 * train.scratch.vocabulary + 9000,  # and the tokenizer, losses, digests
+        disk=weights + 35 * shape.vocabulary + 9000,  # and the tokenizer, losses, digests
     )
 
 

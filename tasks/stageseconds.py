@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from influence import costs
-from tasks.origin import Scratch
+from tasks.origin import Checkpoint
 from tasks.rates import Rates
 from tasks.runners import num_cores
 from tasks.stagecosts import Planned, StageCost
@@ -71,7 +71,7 @@ def _passed(cost: StageCost, rates: Rates) -> float | None:
 
 
 def _training(planned: Planned, cost: StageCost, rates: Rates) -> float | None:
-    if not isinstance(planned.params.train, Scratch):
+    if isinstance(planned.params.train, Checkpoint):
         return 0.0
     # One process has all cores; the probe's worker had its share of them.
     shared = min(planned.params.runtime.workers, num_cores())
