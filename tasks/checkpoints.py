@@ -127,24 +127,43 @@ def hub_snapshot(name: str, revision: str | None) -> Path:
     Raises:
         ValueError: it is not in the cache and cannot be fetched.
     """
-    # "*/*": copies in other formats usually lie in sub-folders.
-    wanted: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": [f"*{suffix}" for suffix in _SUFFIXES],
-        "ignore_patterns": ["*/*"],
-    }
     try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
-    except (OSError, ValueError):
+        return cached_snapshot(name, revision)
+    except ValueError:
         pass
     try:
-        return Path(huggingface_hub.snapshot_download(name, **wanted))
+        return Path(huggingface_hub.snapshot_download(name, **_wanted(revision)))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"train.checkpoint.hub: {name!r} at revision {revision!r} is neither in the local "
             f"cache nor to be had from the hub ({type(error).__name__}: {error}); check name, "
             "revision and network, or give a local folder as train.checkpoint.path"
         ) from error
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path:
+    """The same, if it is in the local cache.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        wanted = _wanted(revision)
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} at revision {revision!r} is not in the local cache of the hub; stage "
+            "`train` fetches it"
+        ) from error
+
+
+def _wanted(revision: str | None) -> dict[str, Any]:
+    # "*/*": copies in other formats usually lie in sub-folders.
+    return {
+        "revision": revision,
+        "allow_patterns": [f"*{suffix}" for suffix in _SUFFIXES],
+        "ignore_patterns": ["*/*"],
+    }
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

@@ -67,6 +67,48 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def without_weights(folder: Path, blocks: int | None = None) -> CausalLM:
+    """The model of a folder's config.json with shapes and no numbers (device `meta`): it takes no
+    memory, however large it is.
+
+    Args:
+        folder: with config.json; the weights need not be there.
+        blocks: so many of its blocks; None: all.
+
+    Raises:
+        ValueError: no config.json there, or none of a causal language model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there, from which a model could be sized")
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        if blocks is not None:
+            config.num_hidden_layers = blocks
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # as in `load_model`
+        raise ValueError(f"{folder}: no causal language model ({error})") from error
+    model.config.use_cache = False
+    return cast(CausalLM, model.eval().requires_grad_(False))
+
+
+class Unmasked(nn.Module):
+    """A model on the device `meta`, of whose tokens transformers asks nothing: where it is given no
+    mask, it looks at positions, and here there are none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        """The model's output for sequences of one length."""
+        length = tokens.shape[1]
+        seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device)
+        return self._model(tokens, attention_mask=seen)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's tokenizer, without a length limit of its own.
 

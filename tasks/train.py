@@ -219,7 +219,30 @@ def train_model(
     Returns:
         The mean loss, nats a token, since the step before, at about fifty steps.
     """
-    arguments = transformers.TrainingArguments(
+    # Some sequences have no target, as those of one token; a batch of such would have no loss.
+    rows = [
+        (torch.from_numpy(row.astype(np.int64)), torch.from_numpy(targets))
+        for row, targets in zip(sequences, supervised, strict=True)
+        if targets.any()
+    ]
+    trainer = transformers.Trainer(
+        model=model,
+        args=_arguments(training, work, device),
+        train_dataset=rows,  # pyright: ignore[reportArgumentType]  a list serves as a dataset
+        data_collator=_collate,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(_Ticks(tick))
+    trainer.train(resume_from_checkpoint=_resumable(work))
+    return [
+        {"step": entry["step"], "loss": entry["loss"]}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _arguments(training: Training, work: Path, device: str) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
         output_dir=str(work),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch,
@@ -236,26 +259,6 @@ def train_model(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    # Some sequences have no target, as those of one token; a batch of such would have no loss.
-    rows = [
-        (torch.from_numpy(row.astype(np.int64)), torch.from_numpy(targets))
-        for row, targets in zip(sequences, supervised, strict=True)
-        if targets.any()
-    ]
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,  # pyright: ignore[reportArgumentType]  a list serves as a dataset
-        data_collator=_collate,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(_Ticks(tick))
-    trainer.train(resume_from_checkpoint=_resumable(work))
-    return [
-        {"step": entry["step"], "loss": entry["loss"]}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
 
 
 def _resumable(work: Path) -> str | None:
