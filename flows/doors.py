@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import artifacts
+from flows import artifacts, planning
 from flows.checks import check
 from flows.dvcflow import bring_up_to_date
 from flows.forms import Adjustments, Changes, Measurements, Stage, TypedQuery
@@ -135,6 +135,9 @@ def work(prepare: Callable[[Path], str], until: str) -> Any:
         with workspace_lock(root):
             run = prepare(root)
             check(root, run)
+            planned = planning.task_of(root, run, until)
+            if not planned.is_completed():
+                return Failed(message=planned.message)
             states = bring_up_to_date(root, run, until)
             last = list(states.values())[-1]
             if not last.is_completed():

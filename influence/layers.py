@@ -3,16 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from influence.experts import RoutedLinear, routers
+
 ROLES: Mapping[str, tuple[str, ...]] = {
-    "mlp": ("*.mlp.*", "*.feed_forward.*", "*.ffn.*", "*.fc1", "*.fc2"),
+    "mlp": ("*.mlp.*", "*.feed_forward.*", "*.ffn.*", "*.fc1", "*.fc2", "*.experts.*"),
     "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*", "*.self_attention.*"),
+    "adapter": ("*.lora_A.*", "*.lora_B.*", "*.modules_to_save.*"),
     "all": ("*",),
 }
+NARROW = frozenset(ROLES) - {"all"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,11 @@ class Layer:
     d_out: int
     has_bias: bool
     input_group: str
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it belongs to an expert, which sees some of the tokens, or none."""
+        return isinstance(self.module, RoutedLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,12 @@ class Coverage:
 
 def is_linear(module: nn.Module) -> bool:
     """An `nn.Linear`, GPT-2's Conv1D (known by name: this package does not import it), or an
-    `nn.Conv2d`, which is linear in the patches that it slides over (Grosse and Martens 2016)."""
+    `nn.Conv2d`, which is linear in the patches that it slides over (Grosse and Martens 2016).
+
+    A router that is an `nn.Linear` by descent goes on to choose, and returns its choice (by name:
+    others that descend from it, as Falcon's, compute the same in another way)."""
+    if type(module).__name__.endswith("Router"):
+        return False
     return isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D"
 
 
@@ -64,7 +79,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer,
     """Layers whose names match any role of `ROLES` or any glob, in the model's order.
 
     Tied weights (a parameter that two modules hold) are left out: one gradient would then belong
-    to two layers.
+    to two layers. Routers of experts are in no role but `all`.
 
     Raises:
         ValueError: if a pattern matches no linear layer that can be attributed.
@@ -78,13 +93,15 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer,
     left_out: list[LeftOut] = []
     useful: set[str] = set()
     counted: set[nn.Parameter] = set()
+    choosing = routers(model)
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if not own:
             continue
         num_new = sum(parameter.numel() for parameter in own if parameter not in counted)
         counted.update(own)
-        matching = [pattern for pattern in patterns if _matches(name, pattern)]
+        known = patterns if name not in choosing else [p for p in patterns if p not in NARROW]
+        matching = [pattern for pattern in known if _matches(name, pattern)]
         tied = sorted({other for p in own for other in holders[p]} - {name})
         reason = _reason(module, bool(matching), tied)
         if reason is None:
@@ -134,7 +151,7 @@ def share_inputs(
     inputs: dict[str, tuple[Tensor, int]] = {}
 
     def watch(name: str):
-        def remember(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
             # Holding the tensor keeps its identity unique; its version counts changes in place.
             inputs[name] = args[0], args[0]._version
 
@@ -250,41 +267,3 @@ def as_positions(
             "leave this layer out of `layers`"
         )
     return a, ds
-
-
-def weight_name(layer: Layer) -> str:
-    """The name of the layer's weight among the model's parameters."""
-    return f"{layer.name}.weight"
-
-
-def bias_name(layer: Layer) -> str:
-    """The name of the layer's bias among the model's parameters."""
-    return f"{layer.name}.bias"
-
-
-def to_parameters(
-    layer: Layer, block: Float[Tensor, "*k d_out d_in"]
-) -> dict[str, Float[Tensor, "..."]]:
-    """A matrix (W b) as the layer's own parameters have it, by the model's parameter names."""
-    weight = block[..., :-1] if layer.has_bias else block
-    if type(layer.module).__name__ == "Conv1D":
-        weight = weight.mT
-    elif isinstance(layer.module, nn.Conv2d):
-        weight = weight.unflatten(-1, layer.module.weight.shape[1:])
-    return {weight_name(layer): weight} | (
-        {bias_name(layer): block[..., -1]} if layer.has_bias else {}
-    )
-
-
-def from_parameters(
-    layer: Layer, parameters: Mapping[str, Float[Tensor, "..."]]
-) -> Float[Tensor, "*k d_out d_in"]:
-    """The inverse of `to_parameters`: (W b), the bias in the last column."""
-    weight = parameters[weight_name(layer)]
-    if type(layer.module).__name__ == "Conv1D":
-        weight = weight.mT
-    elif isinstance(layer.module, nn.Conv2d):
-        weight = weight.flatten(-3)
-    if not layer.has_bias:
-        return weight
-    return torch.cat([weight, parameters[bias_name(layer)].unsqueeze(-1)], dim=-1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from influence.experts import separate_experts
 from influence.layers import Coverage, Layer, find_layers, share_inputs
 from influence.passes import NonFiniteSequenceError
 from influence.sequences import TokenBatch, batches_by_tokens
@@ -72,7 +73,8 @@ class PassReference:
 
     def attributed(self) -> Attributed:
         """The model, with module objects of the calling thread's own: hooks hang on modules."""
-        model = model_for_thread(self.model, self.device, self.dtype)
+        # Of the thread's own modules alone, over the weights that all threads share.
+        model = separate_experts(model_for_thread(self.model, self.device, self.dtype))
         layers, coverage = find_layers(model, self.patterns)
         probe = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         return Attributed(model, share_inputs(model, layers, probe), coverage)

@@ -20,7 +20,7 @@ from tasks.prepared import (
 )
 from tasks.querysets import QueryText
 from tasks.shards import ShardRef, map_shards, split
-from tasks.spectra import read_spectrum, spectrum_names
+from tasks.spectra import read_spectrum
 from tasks.workspace import StageContext
 
 QUERIES_PER_SHARD = 32  # a dense gradient of every query and layer is in memory at once
@@ -35,14 +35,13 @@ def run(context: StageContext) -> None:
     parts = map_shards(context, prepare_shard, shards, items="queries")
     concatenate(parts, context.out / "prepared.safetensors")
     store.write_json(context.out / "queries.json", describe(texts, reference))
-    spectrum = context.artifact("correct") / "spectrum.safetensors"
-    store.write_json(
-        context.out / "damping.json",
-        {
-            name: damping.of(read_spectrum(spectrum, name).values)
-            for name in spectrum_names(spectrum)
-        },
-    )
+    file = context.artifact("correct") / "spectrum.safetensors"
+    dampings: dict[str, float] = {}
+    for layer in reference.attributed().layers:
+        spectrum = read_spectrum(file, layer.name)
+        if not (layer.is_routed and spectrum.is_zero):  # an expert that was not reached has none
+            dampings[layer.name] = damping.of(spectrum.values)
+    store.write_json(context.out / "damping.json", dict(sorted(dampings.items())))
 
 
 def num_shards(num_queries: int) -> int:

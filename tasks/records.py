@@ -174,6 +174,15 @@ def _format(file: Path) -> str:
     return found if found in allowed else ""
 
 
+def data_files(path: Path) -> list[Path]:
+    """The files that `unread` reads, in its order.
+
+    Raises:
+        ValueError: none there.
+    """
+    return [file for _, file in _files(path)]
+
+
 def _files(path: Path) -> list[tuple[str, Path]]:
     """Files with the names that errors and unnamed documents call them by."""
     wanted = f"{', '.join(FORMATS[:3])} (the first two also {' and '.join(COMPRESSED)})"

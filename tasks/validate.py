@@ -46,7 +46,8 @@ def run(context: StageContext) -> None:
             method: asdict(Agreement.of(influences.of(EKFAC), influences.of(method), seed))
             for method in damping_grid(context.params)
         },
-        "layers": {name: health[name] | by_layer.get(name, {}) for name in halves.layers},
+        # An expert that no token of the fit reached has no curvature to be healthy.
+        "layers": {name: health.get(name, {}) | by_layer.get(name, {}) for name in halves.layers},
     }
     store.write_json(context.out / "metrics.json", metrics)
     store.write_json(context.out / "recall.json", recall)
