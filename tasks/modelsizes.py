@@ -12,7 +12,7 @@ from influence.costs import ModelShape
 from influence.layers import find_layers, is_linear, share_inputs
 from tasks.checkpoints import cached_snapshot, read_reference
 from tasks.models import CausalLM, Unmasked, vocabulary_size, without_weights
-from tasks.origin import Architecture, FineTuned, HubCheckpoint, Scratch
+from tasks.origin import AdapterCheckpoint, Architecture, FineTuned, HubCheckpoint, Scratch
 from tasks.params import RunParams
 
 LOGITS = 4  # tensors of logits at once: themselves, their log-softmax, and the gradients of both
@@ -44,7 +44,7 @@ def model_folder(params: RunParams, root: Path, train: Path) -> Path | None:
     """Where the run's checkpoint lies now; None for a model that is not trained yet.
 
     Raises:
-        ValueError: a checkpoint of the hub that is not in the local cache.
+        ValueError: a checkpoint of the hub that is not in the local cache; an adapter.
     """
     if (train / "model.json").is_file():
         try:
@@ -58,6 +58,8 @@ def model_folder(params: RunParams, root: Path, train: Path) -> Path | None:
     checkpoint = params.train.checkpoint
     if isinstance(checkpoint, HubCheckpoint):
         return cached_snapshot(checkpoint.hub, checkpoint.revision)
+    if isinstance(checkpoint, AdapterCheckpoint):
+        raise ValueError("an adapter is not counted in plans yet")
     return root / checkpoint.path
 
 
