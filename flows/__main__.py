@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows import closure, environment, gc, services
+from flows import closure, environment, gc, planning, services
 from flows.checks import check, file_of, stages_of
 from tasks import dvcstage
 from tasks.active import VALIDATION, activate, deactivate, load_active
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("query", nargs="?", help="only queries whose name contains this")
     show.add_argument("--limit", type=int, default=5, help="sequences of each sign")
     show.add_argument("--duplicates", action="store_true", help="show near duplicates as well")
+    planning.add_options(command("plan", planning.run_plan, "print what a run will cost"))
     deps = command("deps", run_deps, "compare deps and params in each dvc.yaml with the code")
     deps.add_argument("--write", action="store_true", help="rewrite them")
     gc.add_options(command("gc", gc.run_gc, "remove what no stage will use again"))

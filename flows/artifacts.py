@@ -75,6 +75,12 @@ def show_stage(context: Context) -> None:
         show_top(context.root, context.run)
 
 
+def show_plan(run: str, told: str) -> None:
+    """What the run will cost, in Markdown."""
+    with only_shown():
+        create_markdown_artifact(told, key=_key(run, "plan"), description=f"Plan of {run}")
+
+
 def show_top(root: Path, run: str) -> None:
     """The top sequences of each query as a table."""
     with only_shown():

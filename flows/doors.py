@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import artifacts
+from flows import artifacts, planning
 from flows.checks import check
 from flows.dvcflow import bring_up_to_date
 from flows.forms import Adjustments, Changes, Measurements, Stage, TypedQuery
@@ -22,7 +22,7 @@ from flows.processes import have_witness
 from tasks import dvcstage, overrides, store
 from tasks.active import activate, load_active
 from tasks.params import params_file, run_file
-from tasks.querysets import check_queries
+from tasks.querylines import check_queries
 from tasks.workspace import FIT_STAGES, find_root
 
 QUERY_SETS = Path("data/queries")
@@ -85,7 +85,11 @@ def queries(
     ],
     file: Annotated[
         str | None,
-        Field(title="Query set", description="path of a .jsonl file, from the project's root"),
+        Field(
+            title="Query set",
+            description="path of a .jsonl file, from the project's root; or the name of one in "
+            "data/queries, such as facts",
+        ),
     ] = None,
     typed: Annotated[
         list[TypedQuery] | None,
@@ -131,6 +135,9 @@ def work(prepare: Callable[[Path], str], until: str) -> Any:
         with workspace_lock(root):
             run = prepare(root)
             check(root, run)
+            planned = planning.task_of(root, run, until)
+            if not planned.is_completed():
+                return Failed(message=planned.message)
             states = bring_up_to_date(root, run, until)
             last = list(states.values())[-1]
             if not last.is_completed():
@@ -194,13 +201,32 @@ def _check_fitted(root: Path, run: str) -> None:
             )
 
 
+def _named_set(root: Path, given: str) -> Path:
+    """The path of a query set that is given by path, or by its name in data/queries.
+
+    Raises:
+        ValueError: naming those that there are, if none has this name.
+    """
+    if "/" in given or given.endswith((".jsonl", ".gz", ".zst")):
+        return Path(given)
+    path = QUERY_SETS / f"{given}.jsonl"
+    if not (root / path).is_file():
+        there = ", ".join(sorted(file.stem for file in (root / QUERY_SETS).glob("*.jsonl")))
+        raise ValueError(
+            f"there is no query set {given!r} in {QUERY_SETS}: there are {there}; or give the path "
+            "of a .jsonl file"
+        )
+    return path
+
+
 def _query_set(root: Path, name: str, file: str | None, typed: list[TypedQuery] | None) -> str:
     """The path of the query set, checked; typed queries are written to a file of that name."""
     if bool(file) == bool(typed):
         raise ValueError("give a query set (a .jsonl file) or type some queries: one of the two")
     if file:
-        check_queries(root / file)
-        return file
+        found = _named_set(root, file)
+        check_queries(root / found)
+        return found.as_posix()
     path = QUERY_SETS / f"{run_file(name).stem}.jsonl"
     lines = [
         json.dumps(each.model_dump(exclude_none=True), ensure_ascii=False) for each in typed or ()

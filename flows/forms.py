@@ -159,10 +159,18 @@ class TypedQuery(Form):
 
     name: str = Field(title="Name", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     prompt: str = Field(title="Prompt", min_length=1)
-    completion: str = Field(
+    completion: str | None = Field(
+        default=None,
         title="Completion",
         description="joined to the prompt as it stands: a leading space belongs to it",
         min_length=1,
+    )
+    generate: int | None = Field(
+        default=None,
+        title="Generate",
+        description="or so many tokens of the model's own greedy completion",
+        ge=1,
+        le=4096,
     )
     contrast: str | None = Field(
         default=None,
@@ -170,6 +178,12 @@ class TypedQuery(Form):
         description="another completion: then log p of the first less log p of this is measured",
         min_length=1,
     )
+
+    @model_validator(mode="after")
+    def _completed_in_one_way(self) -> "TypedQuery":
+        if (self.completion is None) == (self.generate is None):
+            raise ValueError("give a completion, or a number of tokens to generate: one of the two")
+        return self
 
 
 def _settings(form: BaseModel) -> dict[str, Any]:

@@ -5,6 +5,7 @@ pipeline's task when there is one, and runs on a server of its own when there is
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -24,7 +25,7 @@ from flows.processes import (
     end_with_parent,
     have_witness,
 )
-from tasks import dvcstage, workspace
+from tasks import dvcstage, measured, workspace
 from tasks.params import load_params
 from tasks.progress import duration, say
 from tasks.validation import results
@@ -127,10 +128,12 @@ def stage_flow(context: Context) -> Any:
 
 def work(context: Context) -> None:
     """Compute the stage and publish its artefact: complete, or not there."""
-    module = importlib.import_module(context.module)
+    module, whole = importlib.import_module(context.module), not measured.has_partials(context)
     workspace.prepare(context)
     module.run(context)
     workspace.publish(context)
+    with contextlib.suppress(OSError):  # the work is done: what it took is only told
+        measured.record_stage(context, whole)
     if isinstance(context, BenchmarkContext):
         results.write(context.root)
 

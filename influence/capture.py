@@ -1,13 +1,17 @@
 """One pass: layer inputs and output gradients, and no weight gradient anywhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from influence.experts import Route
 from influence.layers import Layer, as_positions
 
 
@@ -17,16 +21,32 @@ class LayerIO:
 
     The gradient of the loss of sequence n is Σ_t ds_nt [a_nt; 1]ᵀ (Grosse et al. 2023, Eq. 14).
     Positions that feed no loss have ds = 0 and add nothing.
+
+    Of an expert, columns are the tokens routed to it, fewer than the positions of the sequence;
+    `positions` says which, and is −1 in columns that a sequence does not fill, where a and ds are
+    0. Of other layers it is None: every position is there.
     """
 
     a: Float[Tensor, "n t i"]
     ds: Float[Tensor, "n t o"]
     has_bias: bool
+    positions: Int[Tensor, "n t"] | None = None
 
     def select(self, sequence: int) -> "LayerIO":
         """The part of one sequence."""
         rows = slice(sequence, sequence + 1)
-        return LayerIO(self.a[rows], self.ds[rows], self.has_bias)
+        positions = None if self.positions is None else self.positions[rows]
+        return LayerIO(self.a[rows], self.ds[rows], self.has_bias, positions)
+
+    def spread(
+        self, columns: Float[Tensor, "q n t"], num_positions: int
+    ) -> Float[Tensor, "q n positions"]:
+        """Numbers of each column at the positions of the sequence, 0 where none is."""
+        if self.positions is None:
+            return columns
+        into = columns.new_zeros(*columns.shape[:2], num_positions)
+        places = self.positions.clamp(min=0).expand(columns.shape)
+        return into.scatter_add_(-1, places, columns.masked_fill(self.positions < 0, 0))
 
     def gradient(self) -> Float[Tensor, "n o d_in"]:
         """Per-sequence gradients Σ_t ds [a; 1]ᵀ, the bias in the last column."""
@@ -42,9 +62,14 @@ class Capture:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
+        self._batch: tuple[int, ...] = ()
         self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._watched: dict[str, list[tuple[Tensor, int]]] = {}
+        # Places in the graph, not tensors: one of them stays the layer's output also where the
+        # model goes on to change the tensor in place, as Falcon does.
+        self._outputs: dict[str, GradientEdge] = {}
+        self._zeros: dict[str, Callable[[], Tensor]] = {}
+        self._routes: dict[str, Route] = {}
 
     def backward(
         self, objective: Float[Tensor, ""], retain_graph: bool = False
@@ -56,12 +81,13 @@ class Capture:
 
         Raises:
             NonFiniteError: naming the layer, if an activation is NaN or infinite.
-            ValueError: naming the layer, if its input or output was changed in place.
+            ValueError: naming the layer, if its input was changed in place, or its output where
+                that is a view, or if it ran on other positions than those of the batch.
         """
         if not torch.isfinite(objective):
             self._explain_non_finite()
-        for name, version in self._versions.items():
-            if version != (self._inputs[name]._version, self._outputs[name]._version):
+        for name, watched in self._watched.items():
+            if any(tensor._version != version for tensor, version in watched):
                 raise ValueError(
                     f"the input or output of layer {name!r} is changed in place after the layer "
                     "ran, so its gradient cannot be told; build the model with inplace=False, or "
@@ -80,32 +106,64 @@ class Capture:
         ios = {}
         for name, ds in zip(names, gradients, strict=True):
             layer = by_name[name]
-            ds = torch.zeros_like(self._outputs[name]) if ds is None else ds
-            ios[name] = LayerIO(*as_positions(layer, self._inputs[name], ds), layer.has_bias)
+            ds = self._zeros[name]() if ds is None else ds
+            if name in self._routes:
+                packed = self._routes[name].pack(self._inputs[name], ds, self._batch[0])
+                ios[name] = LayerIO(*packed[:2], layer.has_bias, packed[2])
+            else:
+                a, ds = as_positions(layer, self._inputs[name], ds, self._batch)
+                ios[name] = LayerIO(a, ds, layer.has_bias)
         return ios
 
     def _explain_non_finite(self) -> None:
         for name, a in self._inputs.items():
-            bad = ~torch.isfinite(a).flatten(1).all(dim=1)
-            if bad.any():
-                raise NonFiniteError(name, int(bad.nonzero()[0]))
+            bad = ~torch.isfinite(a).flatten()
+            if bad.any():  # sequences come first, also where a model flattens them with positions
+                first = int(bad.nonzero()[0])
+                if name in self._routes:
+                    row = self._routes[name].sequence_of(first // a.shape[1], self._batch[0])
+                else:
+                    row = first * self._batch[0] // len(bad)
+                raise NonFiniteError(name, row)
         raise NonFiniteError("the output head", None)
 
-    def remember(self, layer: Layer, a: Tensor, output: Tensor) -> Tensor:
-        """Keep a layer's input and output; the lowest layers' outputs begin the graph."""
+    def begin(self, inputs: Tensor) -> None:
+        """Note how many sequences, and positions of tokens, the model is called with."""
+        self._batch = tuple(inputs.shape[:1] if inputs.is_floating_point() else inputs.shape)
+
+    def remember(self, layer: Layer, args: tuple[Any, ...], output: object) -> Tensor:
+        """Keep a layer's input and output; the lowest layers' outputs begin the graph.
+
+        Of an expert's layer, the route that its tokens took is its second argument.
+        """
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"layer {layer.name!r} returns {type(output).__name__}, not the tensor of a linear "
+                "map; leave this layer out of `layers`"
+            )
+        a = args[0]
         if layer.name in self._outputs:
             raise ValueError(
                 f"layer {layer.name!r} ran twice in one pass: weight sharing is not supported; "
                 "leave this layer out of `layers`"
             )
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
         self._inputs[layer.name] = a.detach()
-        self._outputs[layer.name] = output
+        if layer.is_routed:
+            self._routes[layer.name] = args[1]
         # A detached tensor counts the changes of its original: without weight gradients autograd
         # itself no longer objects to them.
-        self._versions[layer.name] = (a._version, output._version)
-        return output
+        self._watched[layer.name] = [(self._inputs[layer.name], a._version)]
+        self._zeros[layer.name] = partial(
+            torch.zeros, output.shape, dtype=output.dtype, device=output.device
+        )
+        if output.requires_grad:
+            if output._is_view():  # a change in place goes round a view's place in the graph
+                self._watched[layer.name].append((output.detach(), output._version))
+            self._outputs[layer.name] = get_gradient_edge(output)
+            return output
+        start = output.detach().requires_grad_()
+        self._outputs[layer.name] = get_gradient_edge(start)
+        return start.clone()  # a leaf itself must not be changed in place
 
 
 class NonFiniteError(ValueError):
@@ -133,8 +191,8 @@ def capture(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Capture]:
     handles = []
 
     def hook(layer: Layer):
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return captured.remember(layer, args[0], output)
+        def keep(module: nn.Module, args: tuple[Any, ...], output: object) -> Tensor:
+            return captured.remember(layer, args, output)
 
         return keep
 
@@ -143,6 +201,9 @@ def capture(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Capture]:
             parameter.requires_grad_(False)
         for layer in layers:
             handles.append(layer.module.register_forward_hook(hook(layer)))
+        handles.append(
+            model.register_forward_pre_hook(lambda _, args: captured.begin(args[0]), prepend=True)
+        )
         with torch.enable_grad():
             yield captured
     finally:

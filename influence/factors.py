@@ -59,6 +59,9 @@ def fit_factors(
 ) -> Factors:
     """Factors from pseudo-gradients, each supervised token counting once (§3.1 of the paper).
 
+    Those of an expert are means over the supervised tokens that are routed to it. One that none
+    reaches has no factors.
+
     Products are taken in the pass's dtype, at least float32, and summed as in `LongSum`.
     """
     inputs: dict[str, _Moment] = {}
@@ -70,6 +73,8 @@ def fit_factors(
             if layer.name not in ios:
                 continue
             a, ds = _loss_carrying(ios[layer.name], batch)
+            if not len(a):  # an expert that no token with a loss reached: no mean to speak of
+                continue
             if layer.name not in outputs:
                 outputs[layer.name] = _Moment(ds, has_bias=False)
             outputs[layer.name].add(ds)
@@ -122,6 +127,9 @@ class _Moment:
 
 def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Float[Tensor, "s o"]]:
     """Rows of `a` and `ds` at the positions that carry a loss; all those of an image do."""
+    if io.positions is not None and isinstance(batch, TokenBatch):
+        carries = batch.loss_positions.gather(1, io.positions.clamp(min=0)) & (io.positions >= 0)
+        return io.a[carries], io.ds[carries]
     if isinstance(batch, TokenBatch):
         return batch.rows(io.a), batch.rows(io.ds)
     return io.a.flatten(0, 1), io.ds.flatten(0, 1)

@@ -3,16 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from influence.experts import RoutedLinear, routers
+
 ROLES: Mapping[str, tuple[str, ...]] = {
-    "mlp": ("*.mlp.*", "*.feed_forward.*", "*.ffn.*", "*.fc1", "*.fc2"),
-    "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*"),
+    "mlp": ("*.mlp.*", "*.feed_forward.*", "*.ffn.*", "*.fc1", "*.fc2", "*.experts.*"),
+    "attention": ("*.attn.*", "*.self_attn.*", "*.attention.*", "*.self_attention.*"),
+    "adapter": ("*.lora_A.*", "*.lora_B.*", "*.modules_to_save.*"),
     "all": ("*",),
 }
+NARROW = frozenset(ROLES) - {"all"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,11 @@ class Layer:
     d_out: int
     has_bias: bool
     input_group: str
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it belongs to an expert, which sees some of the tokens, or none."""
+        return isinstance(self.module, RoutedLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,12 @@ class Coverage:
 
 def is_linear(module: nn.Module) -> bool:
     """An `nn.Linear`, GPT-2's Conv1D (known by name: this package does not import it), or an
-    `nn.Conv2d`, which is linear in the patches that it slides over (Grosse and Martens 2016)."""
+    `nn.Conv2d`, which is linear in the patches that it slides over (Grosse and Martens 2016).
+
+    A router that is an `nn.Linear` by descent goes on to choose, and returns its choice (by name:
+    others that descend from it, as Falcon's, compute the same in another way)."""
+    if type(module).__name__.endswith("Router"):
+        return False
     return isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D"
 
 
@@ -64,7 +79,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer,
     """Layers whose names match any role of `ROLES` or any glob, in the model's order.
 
     Tied weights (a parameter that two modules hold) are left out: one gradient would then belong
-    to two layers.
+    to two layers. Routers of experts are in no role but `all`.
 
     Raises:
         ValueError: if a pattern matches no linear layer that can be attributed.
@@ -78,13 +93,15 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[tuple[Layer,
     left_out: list[LeftOut] = []
     useful: set[str] = set()
     counted: set[nn.Parameter] = set()
+    choosing = routers(model)
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if not own:
             continue
         num_new = sum(parameter.numel() for parameter in own if parameter not in counted)
         counted.update(own)
-        matching = [pattern for pattern in patterns if _matches(name, pattern)]
+        known = patterns if name not in choosing else [p for p in patterns if p not in NARROW]
+        matching = [pattern for pattern in known if _matches(name, pattern)]
         tied = sorted({other for p in own for other in holders[p]} - {name})
         reason = _reason(module, bool(matching), tied)
         if reason is None:
@@ -131,11 +148,12 @@ def share_inputs(
 
     One forward pass on any tokens tells, since the sharing is a property of the code.
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, tuple[Tensor, int]] = {}
 
     def watch(name: str):
-        def remember(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[name] = args[0]  # holding the tensor keeps its identity unique
+        def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # Holding the tensor keeps its identity unique; its version counts changes in place.
+            inputs[name] = args[0], args[0]._version
 
         return remember
 
@@ -147,15 +165,16 @@ def share_inputs(
         for handle in handles:
             handle.remove()
 
+    seen = {name: (id(tensor), version) for name, (tensor, version) in inputs.items()}
     first_with: dict[tuple[object, ...], str] = {}
     return tuple(
         replace(
             layer,
             input_group=first_with.setdefault(
-                (id(inputs[layer.name]), layer.has_bias, *_window(layer)), layer.name
+                (*seen[layer.name], layer.has_bias, *_window(layer)), layer.name
             ),
         )
-        if layer.name in inputs
+        if layer.name in seen
         else layer
         for layer in layers
     )
@@ -213,12 +232,22 @@ def _layer(name: str, module: nn.Module) -> Layer:
 
 
 def as_positions(
-    layer: Layer, a: Float[Tensor, "n ..."], ds: Float[Tensor, "n ..."]
+    layer: Layer, a: Float[Tensor, "..."], ds: Float[Tensor, "..."], batch: Sequence[int]
 ) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "n t o"]]:
     """Inputs and output gradients of a layer, by sequence and position.
 
     A single example has one position; the positions of an image are the patches of a convolution,
-    its inputs in the order in which the weight is flattened.
+    its inputs in the order in which the weight is flattened. A model may also put all sequences'
+    positions one below the other before a layer, as OPT does before its MLP.
+
+    Args:
+        layer: that ran.
+        a: its inputs.
+        ds: the gradients of its outputs.
+        batch: of the model's input, (sequences, positions) of tokens and (examples,) of others.
+
+    Raises:
+        ValueError: naming the layer, if it ran on other positions than those of the batch.
     """
     module = layer.module
     if isinstance(module, nn.Conv2d):
@@ -228,44 +257,13 @@ def as_positions(
         assert not isinstance(padding, str)
         patches = nn.functional.unfold(a, size, dilation, padding, stride)
         return patches.mT, ds.flatten(2).mT
-    if a.ndim == 2:
-        return a.unsqueeze(1), ds.unsqueeze(1)
+    places = (*batch, 1)[:2]
+    if a.ndim == 2 and len(a) == places[0] * places[1]:
+        return a.unflatten(0, places), ds.unflatten(0, places)
+    if a.ndim != 3 or a.shape[: len(batch)] != tuple(batch):
+        raise ValueError(
+            f"layer {layer.name!r} ran on inputs of shape {tuple(a.shape)} in a batch of "
+            f"{' × '.join(map(str, batch))} positions, so that their sequences cannot be told; "
+            "leave this layer out of `layers`"
+        )
     return a, ds
-
-
-def weight_name(layer: Layer) -> str:
-    """The name of the layer's weight among the model's parameters."""
-    return f"{layer.name}.weight"
-
-
-def bias_name(layer: Layer) -> str:
-    """The name of the layer's bias among the model's parameters."""
-    return f"{layer.name}.bias"
-
-
-def to_parameters(
-    layer: Layer, block: Float[Tensor, "*k d_out d_in"]
-) -> dict[str, Float[Tensor, "..."]]:
-    """A matrix (W b) as the layer's own parameters have it, by the model's parameter names."""
-    weight = block[..., :-1] if layer.has_bias else block
-    if type(layer.module).__name__ == "Conv1D":
-        weight = weight.mT
-    elif isinstance(layer.module, nn.Conv2d):
-        weight = weight.unflatten(-1, layer.module.weight.shape[1:])
-    return {weight_name(layer): weight} | (
-        {bias_name(layer): block[..., -1]} if layer.has_bias else {}
-    )
-
-
-def from_parameters(
-    layer: Layer, parameters: Mapping[str, Float[Tensor, "..."]]
-) -> Float[Tensor, "*k d_out d_in"]:
-    """The inverse of `to_parameters`: (W b), the bias in the last column."""
-    weight = parameters[weight_name(layer)]
-    if type(layer.module).__name__ == "Conv1D":
-        weight = weight.mT
-    elif isinstance(layer.module, nn.Conv2d):
-        weight = weight.flatten(-3)
-    if not layer.has_bias:
-        return weight
-    return torch.cat([weight, parameters[bias_name(layer)].unsqueeze(-1)], dim=-1)

@@ -22,7 +22,8 @@ class LowRank:
     def of(cls, V: Float[Tensor, "q d_out d_in"], rank: int | None) -> "LowRank":
         """The best approximation of V with `rank`; exact for None or a rank V cannot exceed.
 
-        Of large matrices the singular vectors are found by subspace iteration.
+        Of large matrices the singular vectors are found by subspace iteration. Decompositions are
+        in float32 at least: torch has none of narrower types.
 
         Raises:
             ValueError: if `rank` is below 1.
@@ -34,8 +35,9 @@ class LowRank:
             return cls(V, eye) if d_in <= d_out else cls(eye, V)
         if rank < 1:
             raise ValueError(f"rank is {rank}; give at least 1, or null for full rank")
-        U, s, Vh = _leading_triplets(V, rank)
-        return cls(U[..., :rank] * s[..., None, :rank], Vh[..., :rank, :])
+        wide = V.to(torch.promote_types(V.dtype, torch.float32))
+        U, s, Vh = _leading_triplets(wide, rank)
+        return cls(U[..., :rank] * s[..., None, :rank], Vh[..., :rank, :]).to(V.dtype, V.device)
 
     def dense(self) -> Float[Tensor, "q d_out d_in"]:
         """left @ right."""

@@ -117,8 +117,8 @@ def prepare_queries(
                 into.left[rows], into.right[rows] = solved.left, solved.right
     never = [layer for layer in layers if layer.name not in next(iter(prepared.values()))]
     for layer in never:
-        V = torch.zeros(len(queries), layer.d_out, layer.d_in).to(parameter)
         for found in prepared.values():
+            V = torch.zeros(len(queries), layer.d_out, layer.d_in).to(parameter)
             found[layer.name] = LowRank.of(V, rank)
     return prepared
 

@@ -18,6 +18,7 @@ from influence.examples import Batch
 from influence.layers import Layer
 from influence.objectives import training_loss
 from influence.passes import check_finite_layers, run_pass
+from influence.solver import Unreached
 
 
 @dataclass
@@ -29,14 +30,14 @@ class SelfInfluence:
         damping: the rule for λ.
     """
 
-    solvers: Mapping[str, EKFACBlock]
+    solvers: Mapping[str, EKFACBlock | Unreached]
     damping: Damping
     _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def of(self, batch: Batch, layer: Layer, io: LayerIO | None) -> Float[Tensor, " n"]:
         """Of one layer, whether finite or not; 0 where it did not run."""
         solver = self.solvers[layer.name]
-        if io is None:  # an idle expert
+        if io is None or isinstance(solver, Unreached):  # an idle expert
             return solver.eigenvalues.new_zeros(len(batch.ids))
         if layer.name not in self._weights:
             ones = torch.ones_like(solver.eigenvalues)
@@ -60,7 +61,7 @@ class SelfInfluence:
 def stream_self(
     model: nn.Module,
     layers: Sequence[Layer],
-    solvers: Mapping[str, EKFACBlock],
+    solvers: Mapping[str, EKFACBlock | Unreached],
     damping: Damping,
     batches: Iterable[Batch],
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n l"]]]:

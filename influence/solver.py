@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,6 +33,22 @@ class GradientDot:
     ) -> Float[Tensor, "*batch d_out d_in"]:
         """V itself."""
         return V
+
+
+@dataclass(frozen=True, slots=True)
+class Unreached:
+    """Of an expert of which the fit saw no gradient, so that Λ = 0 and no relative damping exists.
+
+    Nothing being known of its curvature, it is left out: its part of every score is 0.
+    """
+
+    eigenvalues: Float[Tensor, "d_out d_in"]
+
+    def solve(
+        self, V: Float[Tensor, "*batch d_out d_in"], damping: Damping
+    ) -> Float[Tensor, "*batch d_out d_in"]:
+        """Zero."""
+        return torch.zeros_like(V)
 
 
 @runtime_checkable

@@ -35,6 +35,11 @@ class Spectrum:
         return self.squared_sum / self.num_sequences
 
     @property
+    def is_zero(self) -> bool:
+        """Whether no gradient was added up, or none but zeros: an expert that was not reached."""
+        return not bool(self.squared_sum.any())
+
+    @property
     def trace_ratio(self) -> float:
         """‖ds aᵀ‖² after rotation over that before: 1, whatever the gradients are."""
         return float(self.rotated_norm_sum / self.norm_sum)
@@ -57,11 +62,17 @@ def fit_spectra(
 ) -> dict[str, Spectrum]:
     """Λ of every layer from pseudo-gradients, each sequence counting once.
 
+    An expert without an eigenbasis, since no token reached it when the factors were fitted, has
+    Λ = 0: see `Unreached`.
+
     Sums over batches are those of `LongSum`; `bases` are in the pass's dtype.
 
     Raises:
         NonFiniteSequenceError: naming layer and sequence, if a gradient is not finite.
     """
+    for layer in layers:
+        if layer.name not in bases and not layer.is_routed:
+            raise ValueError(f"layer {layer.name!r} has no eigenbasis; fit its factors first")
     squares = _Squares(bases)
     num_sequences = 0
     for batch in batches:  # no name keeps what a pass captured while the next one runs
@@ -85,10 +96,13 @@ class _Squares:
         """A batch more."""
         totals: dict[str, Tensor] = {}
         for name, io in ios.items():
+            if name not in self._bases:  # an expert that no token of the factors' fit reached
+                continue
             basis = self._bases[name]
             if name not in self._sums:
                 self._sums[name] = LongSum(basis.d_out, basis.d_in, io.a)
-                self._norms[name] = _norms(io, basis)
+            if name not in self._norms and (norms := _norms(io, basis)) is not None:
+                self._norms[name] = norms
             into = self._sums[name].open()
             basis.add_rotated_squares(into, io)
             totals[name] = into.sum()
@@ -103,13 +117,19 @@ class _Squares:
         if layer.name not in self._sums:
             zero = torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64)
             return Spectrum(zero, zero.new_zeros(()), zero.new_zeros(()), num_sequences)
-        before, after = self._norms[layer.name]
-        return Spectrum(self._sums[layer.name].total(), before, after, num_sequences)
+        total = self._sums[layer.name].total()
+        before, after = self._norms.get(layer.name, total.new_zeros(2))
+        return Spectrum(total, before, after, num_sequences)
 
 
-def _norms(io: LayerIO, basis: EigenBasis) -> Float64[Tensor, " 2"]:
-    """‖ds [a; 1]ᵀ‖² before and after rotation, of the first sequence's largest output gradient."""
+def _norms(io: LayerIO, basis: EigenBasis) -> Float64[Tensor, " 2"] | None:
+    """‖ds [a; 1]ᵀ‖² before and after rotation, of the largest output gradient of the first sequence
+    that has one: none need have reached an expert."""
+    reached = io.ds.flatten(1).any(dim=1).nonzero()
+    if not len(reached):
+        return None
+    io = io.select(int(reached[0]))
     t = int(io.ds[0].square().sum(dim=-1).argmax())
-    one = LayerIO(io.a[:1, t : t + 1], io.ds[:1, t : t + 1], io.has_bias)
+    one = LayerIO(io.a[:, t : t + 1], io.ds[:, t : t + 1], io.has_bias)
     pair = [one.gradient(), basis.rotate_gradient(one)]
     return torch.stack([each.double().square().sum() for each in pair])

@@ -125,7 +125,7 @@ def _begun(
             left = contractions.prepared[layer.name].left
             by_layer.append(left.new_zeros(len(left), len(batch.ids)))
         elif wants_tokens and (by_token := contractions.by_token(layer, io)) is not None:
-            tokens[layer.name] = by_token.tokens(io)
+            tokens[layer.name] = io.spread(by_token.tokens(io), batch.inputs.shape[1])
             by_layer.append(tokens[layer.name].sum(dim=-1))
         else:
             by_layer.append(contractions.begin(layer, io))
@@ -188,7 +188,8 @@ class _TopTokens:
                 rows.append(held.tokens[layer.name][query, row])
             elif layer.name in held.ios:
                 one = ByToken.of(self.prepared[layer.name].select([query]), layer.has_bias)
-                rows.append(one.tokens(held.ios[layer.name].select(row))[0, 0])
+                io = held.ios[layer.name].select(row)
+                rows.append(io.spread(one.tokens(io), held.batch.inputs.shape[1])[0, 0])
             else:  # an idle expert
                 rows.append(self.prepared[layer.name].left.new_zeros(held.batch.inputs.shape[1]))
         return torch.stack(rows)

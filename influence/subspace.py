@@ -44,7 +44,10 @@ class SharedSubspace:
         """
         if columns < 1:
             raise ValueError(f"a subspace of {columns} columns holds nothing; give 1 or more")
-        left, right = query.left, query.right.mT
+        # Decompositions are in float32 at least: torch has none of narrower types.
+        dtype = query.left.dtype
+        wide = query.to(torch.promote_types(dtype, torch.float32), query.left.device)
+        left, right = wide.left, wide.right.mT
         grams = (left.mT @ left).double(), (right.mT @ right).double()
         squares = (grams[0] * grams[1]).sum(dim=(1, 2))  # ‖V_q‖²
         weights = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()[:, None, None]
@@ -54,7 +57,7 @@ class SharedSubspace:
         cores = (U.mT @ left) @ (right.mT @ W)
         kept = cores.double().square().sum(dim=(1, 2))
         lost = torch.where(squares > 0, 1 - kept / squares, 0).clamp(0, 1)
-        return cls(U, W, cores, float(lost.mean().sqrt()))
+        return cls(U.to(dtype), W.to(dtype), cores.to(dtype), float(lost.mean().sqrt()))
 
     def __call__(self, io: LayerIO) -> Float[Tensor, "q n"]:
         """⟨U C_q Wᵀ, Σ_t ds [a; 1]ᵀ⟩."""

@@ -54,8 +54,10 @@ def token_grids(
     grids = []
     for layer in layers:
         query = prepared[layer.name]
-        if layer.name in ios:
-            grids.append(ByToken.of(query, layer.has_bias).tokens(ios[layer.name]))
+        io = ios.get(layer.name)
+        if io is not None:
+            cells = ByToken.of(query, layer.has_bias).tokens(io)
+            grids.append(io.spread(cells, batch.tokens.shape[1]))
         else:  # an idle expert
             grids.append(query.left.new_zeros(query.num_queries, *batch.tokens.shape))
     return influence(torch.stack(grids, dim=2), num_training_sequences)
@@ -87,7 +89,8 @@ def rescore(
                 cells = query.left.new_zeros(batch.tokens.shape[1])
             else:
                 one = ByToken.of(query.select([q]), layer.has_bias)
-                cells = one.tokens(io.select(n))[0, 0]
+                row = io.select(n)
+                cells = row.spread(one.tokens(row), batch.tokens.shape[1])[0, 0]
             grids[q, n].append(cells)
     return Rescored(
         influence(raw, num_training_sequences),

@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks import store
 from tasks.faraway import is_far, record_of, write_record
-from tasks.origin import FineTuned, LocalCheckpoint, Scratch
+from tasks.origin import AdapterCheckpoint, Checkpoint, FineTuned, LocalCheckpoint, Scratch
 from tasks.params import ACTIVE, RunParams, checked, load_params, params_file
 from tasks.section import Section, Text
 from tasks.workspace import FIT_STAGES
@@ -87,12 +87,17 @@ def fit_differences(one: RunParams, other: RunParams) -> list[str]:
 
 def checkpoint_path(params: RunParams) -> str | None:
     """The folder of the checkpoint that a run takes, as it is or to train it on; None if the model
-    is trained from scratch, or comes from the hub."""
+    is trained from scratch, or comes from the hub.
+
+    Of an adapter, its own: that of the base is in model.json.
+    """
     if isinstance(params.train, Scratch):
         return None
     if isinstance(params.train, FineTuned):
         return params.train.finetune.path
     checkpoint = params.train.checkpoint
+    if isinstance(checkpoint, AdapterCheckpoint):
+        return checkpoint.adapter
     return checkpoint.path if isinstance(checkpoint, LocalCheckpoint) else None
 
 
@@ -140,10 +145,14 @@ def check_inputs(root: Path, run: str, params: RunParams) -> None:
             f"{params_file(run)}: `corpus.path`: {params.corpus.path} is not described in "
             f"{record_of(params.corpus.path)}; run `python -m flows activate {run}`"
         )
-    checkpoint = checkpoint_path(params)
-    if checkpoint is not None:
-        key = "finetune" if isinstance(params.train, FineTuned) else "checkpoint"
-        places[f"train.{key}.path"] = checkpoint
+    if isinstance(params.train, FineTuned):
+        places["train.finetune.path"] = params.train.finetune.path
+    elif isinstance(params.train, Checkpoint):
+        places |= {
+            f"train.checkpoint.{key}": path
+            for key, path in params.train.checkpoint.model_dump().items()
+            if key in ("path", "adapter", "base")
+        }
     for key, path in places.items():
         if not (root / path).exists():
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from influence.experts import separate_experts
 from influence.layers import Coverage, Layer, find_layers, share_inputs
 from influence.passes import NonFiniteSequenceError
 from influence.sequences import TokenBatch, batches_by_tokens
@@ -15,7 +16,7 @@ from tasks import store
 from tasks.budget import Budget, find_budget, remembered
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.models import model_for_thread
-from tasks.precision import DTYPES
+from tasks.precision import DTYPES, resolve_device
 from tasks.sequences import TokenStore
 from tasks.workspace import StageContext
 
@@ -72,7 +73,8 @@ class PassReference:
 
     def attributed(self) -> Attributed:
         """The model, with module objects of the calling thread's own: hooks hang on modules."""
-        model = model_for_thread(self.model, self.device, self.dtype)
+        # Of the thread's own modules alone, over the weights that all threads share.
+        model = separate_experts(model_for_thread(self.model, self.device, self.dtype))
         layers, coverage = find_layers(model, self.patterns)
         probe = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         return Attributed(model, share_inputs(model, layers, probe), coverage)
@@ -121,10 +123,3 @@ class PassReference:
                 f"first in sequence {name!r}; check the weights of {self.model.path}, or run the "
                 "pass in float32 (runtime.dtype)"
             ) from error
-
-
-def resolve_device(name: str) -> str:
-    """`auto` takes CUDA where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -60,11 +60,25 @@ def find_budget(
     kind = torch.device(device).type
     on_gpu, free = kind == "cuda", free_bytes(device)
     each = max(1, _held_bytes(model, layers, _probe(length, 1, device)) // length)
-    fits = int(SHARE * free / workers / each)
-    tokens = min(ENOUGH.get(kind, ENOUGH["cpu"]), max(length, 2 ** max(0, fits.bit_length() - 1)))
+    tokens = fitting_tokens(kind, free, workers, each, length)
     while on_gpu and tokens > length and not _runs(model, layers, length, tokens, device):
         tokens //= 2
     return Budget(max(tokens, 1), each, free)
+
+
+def fitting_tokens(kind: str, free: int, workers: int, each: int, length: int) -> int:
+    """Tokens of a batch: a power of two of what fits, one sequence at least, and no more than make
+    a pass faster.
+
+    Args:
+        kind: of the device, `cpu` or `cuda`.
+        free: bytes.
+        workers: passes that share them.
+        each: bytes that a pass holds for a token.
+        length: tokens of the longest sequence.
+    """
+    fits = int(SHARE * free / workers / each)
+    return min(ENOUGH.get(kind, ENOUGH["cpu"]), max(length, 2 ** max(0, fits.bit_length() - 1)))
 
 
 def free_bytes(device: str) -> int:

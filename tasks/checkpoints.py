@@ -9,6 +9,7 @@ import huggingface_hub
 
 from tasks import store
 
+ADAPTER = "adapter/"  # before the names of an adapter's files
 Source = Literal["checkpoint", "hub", "scratch", "finetuned"]
 
 # What a checkpoint consists of: configuration, weights, tokenizer. Pictures, licences and
@@ -30,6 +31,9 @@ class ModelReference:
         num_parameters: all parameters, tied ones once.
         vocabulary: size of the embedding: token ids must lie below it.
         context: the longest sequence the model reads; None where it has no limit.
+        adapter: where a LoRA adapter of this checkpoint is, relative to the project; its files are
+            among `files` as `adapter/<name>`. None: the checkpoint alone.
+        adapter_folder: the same on this machine.
     """
 
     source: Source
@@ -40,6 +44,13 @@ class ModelReference:
     num_parameters: int
     vocabulary: int
     context: int | None
+    adapter: str | None = None
+    adapter_folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """As people know it: where it came from, with its adapter."""
+        return self.path if self.adapter is None else f"{self.adapter} on {self.path}"
 
     @property
     def digest(self) -> str:
@@ -61,6 +72,7 @@ def write_reference(reference: ModelReference, file: Path) -> None:
             "parameters": reference.num_parameters,
             "vocabulary": reference.vocabulary,
             "context": reference.context,
+            **({} if reference.adapter is None else {"adapter": reference.adapter}),
         },
     )
 
@@ -82,10 +94,11 @@ def read_reference(train: Path, root: Path) -> ModelReference:
         if source == "hub"
         else (train if source in ("scratch", "finetuned") else root) / path
     )
-    missing = [name for name in written["files"] if not (folder / name).is_file()]
+    adapter = root / written["adapter"] if "adapter" in written else None
+    missing = [name for name in written["files"] if not _place(folder, adapter, name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder}: the checkpoint's {', '.join(missing)} is not there; "
+            f"{adapter or folder}: the checkpoint's {', '.join(missing)} is not there; "
             "bring it back or run the stage `train` again"
         )
     return ModelReference(
@@ -97,7 +110,15 @@ def read_reference(train: Path, root: Path) -> ModelReference:
         num_parameters=written["parameters"],
         vocabulary=written["vocabulary"],
         context=written["context"],
+        adapter=written.get("adapter"),
+        adapter_folder=adapter,
     )
+
+
+def _place(folder: Path, adapter: Path | None, name: str) -> Path:
+    if adapter is not None and name.startswith(ADAPTER):
+        return adapter / name.removeprefix(ADAPTER)
+    return folder / name
 
 
 def hub_snapshot(name: str, revision: str | None) -> Path:
@@ -106,24 +127,43 @@ def hub_snapshot(name: str, revision: str | None) -> Path:
     Raises:
         ValueError: it is not in the cache and cannot be fetched.
     """
-    # "*/*": copies in other formats usually lie in sub-folders.
-    wanted: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": [f"*{suffix}" for suffix in _SUFFIXES],
-        "ignore_patterns": ["*/*"],
-    }
     try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
-    except (OSError, ValueError):
+        return cached_snapshot(name, revision)
+    except ValueError:
         pass
     try:
-        return Path(huggingface_hub.snapshot_download(name, **wanted))
+        return Path(huggingface_hub.snapshot_download(name, **_wanted(revision)))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"train.checkpoint.hub: {name!r} at revision {revision!r} is neither in the local "
             f"cache nor to be had from the hub ({type(error).__name__}: {error}); check name, "
             "revision and network, or give a local folder as train.checkpoint.path"
         ) from error
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path:
+    """The same, if it is in the local cache.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        wanted = _wanted(revision)
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} at revision {revision!r} is not in the local cache of the hub; stage "
+            "`train` fetches it"
+        ) from error
+
+
+def _wanted(revision: str | None) -> dict[str, Any]:
+    # "*/*": copies in other formats usually lie in sub-folders.
+    return {
+        "revision": revision,
+        "allow_patterns": [f"*{suffix}" for suffix in _SUFFIXES],
+        "ignore_patterns": ["*/*"],
+    }
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

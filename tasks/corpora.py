@@ -125,7 +125,7 @@ def _document(record: Record, corpus: Corpus) -> Document:
         raise ValueError(f"{record.place}: the completion is empty; nothing would be predicted")
     messages = ()
     if "messages" in found:
-        messages = _messages(record, corpus.keys["messages"], found["messages"])
+        messages = _conversation(record, corpus.keys["messages"], found["messages"])
     return Document(name, "".join(texts), fields, record.place, prompt, messages)
 
 
@@ -148,24 +148,33 @@ def _id(record: Record, fields: dict[str, Any], key: str) -> str:
     return str(name)
 
 
-def _messages(record: Record, key: str, value: Any) -> tuple[dict[str, Any], ...]:
+def _conversation(record: Record, key: str, value: Any) -> tuple[dict[str, Any], ...]:
+    messages = checked_messages(record, f"field {key!r} (corpus.messages)", value)
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise ValueError(
+            f"{record.place}: no message of field {key!r} has the role {ASSISTANT!r}, so that "
+            "nothing would be predicted; leave the conversation out, or rename the role"
+        )
+    return messages
+
+
+def checked_messages(record: Record, shown: str, value: Any) -> tuple[dict[str, Any], ...]:
+    """The messages of a conversation; `shown` is what an error calls the field.
+
+    Raises:
+        ValueError: naming the place, if it is no list of messages with role and content.
+    """
     wanted = "a list of messages such as {'role': 'user', 'content': '...'} is wanted"
     if not isinstance(value, list) or not value:
-        shown = "nothing" if value == [] else f"a {type(value).__name__}"
-        raise ValueError(f"{record.place}: field {key!r} (corpus.messages) holds {shown}; {wanted}")
+        found = "nothing" if value == [] else f"a {type(value).__name__}"
+        raise ValueError(f"{record.place}: {shown} holds {found}; {wanted}")
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not all(
             isinstance(message.get(part), str) for part in ("role", "content")
         ):
             raise ValueError(
-                f"{record.place}: message {number} of field {key!r} (corpus.messages) is "
-                f"{str(message)[:60]!r}; {wanted}"
+                f"{record.place}: message {number} of {shown} is {str(message)[:60]!r}; {wanted}"
             )
-    if not any(message["role"] == ASSISTANT for message in value):
-        raise ValueError(
-            f"{record.place}: no message of field {key!r} has the role {ASSISTANT!r}, so that "
-            "nothing would be predicted; leave the conversation out, or rename the role"
-        )
     return tuple(value)
 
 

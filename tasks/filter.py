@@ -22,9 +22,11 @@ from torch import Tensor
 from influence.tfidf import DocumentFrequency, presence, tfidf_scores
 from tasks import store
 from tasks.checkpoints import read_reference
+from tasks.expected import expected_targets
+from tasks.generated import queries_of
 from tasks.models import load_tokenizer
 from tasks.params import Filter, RunParams, Tfidf
-from tasks.querysets import QueryText, load_queries
+from tasks.querysets import QueryText
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, shards_of
 from tasks.workspace import StageContext
@@ -43,15 +45,14 @@ def run(context: StageContext) -> None:
     With method `none` every sequence is a candidate; the scores are written as a baseline.
 
     Raises:
-        ValueError: queries that cannot be measured (file and line).
+        ValueError: queries that cannot be measured (file and line), or that expect what the corpus
+            does not hold.
     """
     params = context.params
     tokens = TokenStore.open(context.artifact("tokenize"))
     model = read_reference(context.artifact("train"), context.root)
-    tokenizer = load_tokenizer(model.folder)
-    queries = load_queries(
-        context.input(params.query.path), tokenizer, params.tokenize.bos, model.context
-    )
+    queries = queries_of(context, model)
+    expected_targets(queries, context.artifact("tokenize"), params.query.path)
     shards = shards_of(tokens.shard_rows(range(tokens.num_sequences), params.runtime.shards))
     searched = [query_terms(query, params) for query in queries]
     terms = sorted({term for query in searched for term in query})

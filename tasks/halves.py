@@ -82,7 +82,7 @@ def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
         attributed.model,
         attributed.layers,
         queries,
-        {"ekfac": Method(fitted.ekfac, damping_of(context.params))},
+        {"ekfac": Method(fitted.solvers, damping_of(context.params))},
         context.params.query.rank,
         reference.tokens_per_batch,
     )["ekfac"]

@@ -34,6 +34,8 @@ def layer_health(factors: Path, eigen: Path, correct: Path) -> dict[str, dict[st
         for layer in store.read_json(factors / "layers.json")["layers"]
     }
     for name, spectrum in spectra.items():
+        if spectrum.is_zero:  # an expert that no token of the fit reached
+            continue
         values = spectrum.values.double().flatten()
         trace_ratio = spectrum.trace_ratio
         if not abs(trace_ratio - 1) <= TRACE_TOLERANCE:
@@ -63,6 +65,8 @@ def spectrum_curves(correct: Path, num_points: int = 200) -> dict[str, list[floa
     """Λ of each layer in descending order, thinned to points that a figure can show."""
     curves: dict[str, list[float]] = {}
     for name, spectrum in read_spectra(correct / "spectrum.safetensors").items():
+        if spectrum.is_zero:
+            continue
         values = spectrum.values.flatten().sort(descending=True).values
         at = torch.linspace(0, len(values) - 1, min(num_points, len(values))).long()
         curves[name] = values[at].tolist()

@@ -9,7 +9,7 @@ from tasks.tracking import NOTE, Entry
 from tasks.workspace import ARTIFACTS, Context, StageContext
 
 METRICS = "metrics.json"
-TABLES = (METRICS, "recall.json", "baselines.parquet")
+TABLES = (METRICS, "recall.json", "expected.json", "baselines.parquet")
 # MLflow draws metrics that share what is before the slash in one section.
 BY_LAYER = "by_layer"  # series, a step a layer: the shape over the depth
 HALVES_BY_LAYER = "split_half_by_layer"  # the one that a layer is judged by, with its name
@@ -82,6 +82,11 @@ def note(context: StageContext, metrics: Mapping[str, Any], tags: Mapping[str, s
     if low_rank is not None:
         lines.append(f"Truncated against full rank: r = {low_rank:.4f}.")
     lines.append(f"The filter kept {recall:.0%} of the most influential sequences.")
+    if expected := metrics.get("expected"):
+        lines.append(
+            f"Of what {expected['num_queries']} queries expect, recall at 10 is "
+            f"{expected['ekfac']['recall_10']:.0%} (BM25 {expected['bm25']['recall_10']:.0%})."
+        )
     where = [f"Files: `{ARTIFACTS / context.run}`; the report is the artifact `report/index.html`."]
     if experiment := tags.get("dvc.exp"):
         where.append(f"Experiment: `dvc exp apply {experiment}`.")

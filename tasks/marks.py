@@ -38,14 +38,24 @@ def marked(tokenizer: Tokenizer, document: Document) -> Marked:
     return Marked(document.text)
 
 
+def opened(tokenizer: Tokenizer, document: Document) -> str:
+    """A conversation in the words of the template, up to where the assistant's turn begins."""
+    _check_template(tokenizer, document)
+    return _rendered(tokenizer, document, len(document.messages), opens_turn=True)
+
+
+def _check_template(tokenizer: Tokenizer, document: Document) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{document.place}: messages want a chat template, and the tokenizer has none; give a "
+            "checkpoint whose tokenizer_config.json or chat_template.jinja holds one"
+        )
+
+
 def _conversation(tokenizer: Tokenizer, document: Document) -> Marked:
     """What an assistant says: from where its turn is opened to its end, white space after it left
     out. Where that is, the template tells by what it makes of the messages so far."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "corpus.messages: the tokenizer has no chat template; give a checkpoint whose "
-            "tokenizer_config.json or chat_template.jinja holds one"
-        )
+    _check_template(tokenizer, document)
     whole = _rendered(tokenizer, document, len(document.messages))
     stretches = []
     for number, message in enumerate(document.messages):

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from tasks.adapters import add_adapter, is_adapter
 from tasks.checkpoints import ModelReference, checkpoint_files
 
 # Names only: loading the class of models takes seconds, which stages that only tokenize can spare.
@@ -23,12 +24,20 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerFast"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def load_model(folder: Path, device: str, dtype: torch.dtype) -> CausalLM:
+def load_model(
+    folder: Path, device: str, dtype: torch.dtype, adapter: Path | None = None
+) -> CausalLM:
     """A causal language model for measuring: no dropout, no gradients, no cache of keys.
 
+    Args:
+        folder: of the checkpoint.
+        device: where it shall be.
+        dtype: of all weights.
+        adapter: the folder of a LoRA adapter of this checkpoint.
+
     Raises:
-        ValueError: no such folder, no safetensors, not a causal language model, or weights that
-            the model needs and the files do not hold.
+        ValueError: no such folder, no safetensors, not a causal language model, weights that
+            the model needs and the files do not hold, or an adapter that does not fit.
     """
     _check_folder(folder)
     transformers.logging.disable_progress_bar()
@@ -53,7 +62,51 @@ def load_model(folder: Path, device: str, dtype: torch.dtype) -> CausalLM:
             "which the model of its config.json needs"
         )
     model.config.use_cache = False
+    if adapter is not None:
+        add_adapter(model, adapter)
     return model.to(device).eval().requires_grad_(False)
+
+
+def without_weights(folder: Path, blocks: int | None = None) -> CausalLM:
+    """The model of a folder's config.json with shapes and no numbers (device `meta`): it takes no
+    memory, however large it is.
+
+    Args:
+        folder: with config.json; the weights need not be there.
+        blocks: so many of its blocks; None: all.
+
+    Raises:
+        ValueError: no config.json there, or none of a causal language model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there, from which a model could be sized")
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        if blocks is not None:
+            config.num_hidden_layers = blocks
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # as in `load_model`
+        raise ValueError(f"{folder}: no causal language model ({error})") from error
+    model.config.use_cache = False
+    return cast(CausalLM, model.eval().requires_grad_(False))
+
+
+class Unmasked(nn.Module):
+    """A model on the device `meta`, of whose tokens transformers asks nothing: where it is given no
+    mask, it looks at positions, and here there are none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        """The model's output for sequences of one length."""
+        length = tokens.shape[1]
+        seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device)
+        return self._model(tokens, attention_mask=seen)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -147,7 +200,7 @@ def model_for_thread(reference: ModelReference, device: str, dtype: torch.dtype)
         with _LOCK:
             if key not in _LOADED:
                 _LOADED.clear()
-                _LOADED[key] = load_model(reference.folder, device, dtype)
+                _LOADED[key] = load_model(reference.folder, device, dtype, reference.adapter_folder)
             _OF_THREAD.model = replicate(_LOADED[key])
         _OF_THREAD.key = key
     return _OF_THREAD.model
@@ -175,7 +228,30 @@ def generate_greedy(
     return written[len(tokens) :]
 
 
+def continuation_text(
+    tokenizer: Tokenizer, prompt: Sequence[int], continuation: Sequence[int]
+) -> str:
+    """What the continuation adds to the text of the prompt, cut before a broken character."""
+    before = _text(tokenizer, prompt)
+    for end in range(len(continuation), 0, -1):
+        whole = _text(tokenizer, [*prompt, *continuation[:end]])
+        if not whole.endswith("\ufffd"):  # the first bytes of a character, the rest not written
+            return whole[len(before) :]
+    return ""
+
+
+def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    text = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
 def _check_folder(folder: Path) -> None:
+    if is_adapter(folder):  # which transformers would add to a base of its own choice
+        raise ValueError(
+            f"{folder}: an adapter, not a checkpoint; give it as train.checkpoint.adapter, with "
+            "the checkpoint that it adapts as train.checkpoint.base"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder}: no checkpoint there; a folder with config.json, *.safetensors and a "

@@ -22,12 +22,21 @@ class HubCheckpoint(Section):
     )
 
 
+class AdapterCheckpoint(Section):
+    """A LoRA adapter in a folder, and the checkpoint that it adapts."""
+
+    adapter: Text = Field(description="folder with adapter_config.json, adapter_model.safetensors")
+    base: Text = Field(description="folder of the checkpoint that the adapter was trained on")
+
+
 class Checkpoint(Section):
     """A model that exists."""
 
     checkpoint: Annotated[
-        Annotated[LocalCheckpoint, Tag("<path>")] | Annotated[HubCheckpoint, Tag("<hub>")],
-        by_key(path="<path>", hub="<hub>"),
+        Annotated[LocalCheckpoint, Tag("<path>")]
+        | Annotated[HubCheckpoint, Tag("<hub>")]
+        | Annotated[AdapterCheckpoint, Tag("<adapter>")],
+        by_key(path="<path>", hub="<hub>", adapter="<adapter>"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which dtype a pass computes in, and which one its results are kept in."""
+"""Where a pass computes, in which dtype, and which one its results are kept in."""
 
 import torch
 
@@ -11,3 +11,10 @@ def dtype_at_rest(params: RunParams) -> torch.dtype:
     """Of factors, eigenvectors and spectra on disk: sums are taken in float64, and what a float32
     pass reads is kept in float32."""
     return torch.promote_types(DTYPES[params.runtime.dtype], torch.float32)
+
+
+def resolve_device(name: str) -> str:
+    """`auto` takes CUDA where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ from influence.ekfac import EKFACBlock
 from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.queries import Method, Query
-from influence.solver import GradientDot
+from influence.solver import GradientDot, Unreached
 from tasks import store
 from tasks.attributed import PassReference
 from tasks.damping import damping_rule
@@ -75,7 +75,7 @@ def prepare_queries(
 
 
 @dataclass
-class StoredSolvers(Mapping[str, EKFACBlock]):
+class StoredSolvers(Mapping[str, EKFACBlock | Unreached]):
     """The EK-FAC of each layer, read when it is asked for; kept while the memory suffices.
 
     Args:
@@ -95,13 +95,16 @@ class StoredSolvers(Mapping[str, EKFACBlock]):
     memory: int
     _held: dict[str, EKFACBlock] = field(default_factory=dict, init=False)
 
-    def __getitem__(self, name: str) -> EKFACBlock:
+    def __getitem__(self, name: str) -> EKFACBlock | Unreached:
         if name in self._held:
             return self._held[name]
         [layer] = [each for each in self.layers if each.name == name]
-        basis = read_bases(self.eigen, [layer], self.dtype, self.device)[name]
         spectrum = read_spectrum(self.correct / "spectrum.safetensors", name)
-        block = EKFACBlock(basis, spectrum.values.to(self.device, self.dtype))
+        eigenvalues = spectrum.values.to(self.device, self.dtype)
+        if layer.is_routed and spectrum.is_zero:
+            return Unreached(eigenvalues)
+        basis = read_bases(self.eigen, [layer], self.dtype, self.device)[name]
+        block = EKFACBlock(basis, eigenvalues)
         one = basis.Q_A.nbytes + basis.Q_S.nbytes + block.eigenvalues.nbytes
         if one <= self.memory:
             self._held[name] = block

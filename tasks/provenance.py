@@ -1,5 +1,8 @@
 """The header that every result carries: what the numbers speak for, and in which unit."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from tasks import store
 from tasks.attributed import PassReference
 from tasks.workspace import StageContext
@@ -15,6 +18,8 @@ def header(context: StageContext, reference: PassReference) -> dict[str, object]
     corpus = store.read_json(context.artifact("tokenize") / "summary.json")
     layers = store.read_json(context.artifact("factors") / "layers.json")
     damping = store.read_json(context.artifact("query") / "damping.json")
+    names = [layer["name"] for layer in layers["layers"]]
+    idle = [layer for layer in layers["layers"] if layer["name"] not in damping]
     model = reference.model
     inputs = {
         "model": model.digest,
@@ -26,7 +31,7 @@ def header(context: StageContext, reference: PassReference) -> dict[str, object]
     return {
         "run": context.run,
         "model": {
-            "source": model.path,
+            "source": model.name,
             "kind": model.source,
             "parameters": model.num_parameters,
             "digest": model.digest,
@@ -36,8 +41,8 @@ def header(context: StageContext, reference: PassReference) -> dict[str, object]
         "sign": SIGN,
         "unit": UNIT,
         "label_source": LABELS,
-        "layers": [layer["name"] for layer in layers["layers"]],
-        "coverage": layers["coverage"],
+        "layers": names,
+        "coverage": without(layers["coverage"], idle),
         "fit": {
             "factors": layers["num_sequences"],
             "tokens": layers["num_tokens"],
@@ -48,4 +53,26 @@ def header(context: StageContext, reference: PassReference) -> dict[str, object]
         "filter": params.filter.model_dump(),
         "fingerprint": context.fingerprint,
         "digests": inputs,
+    }
+
+
+def without(coverage: dict[str, Any], unreached: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Coverage less the experts of which the fit saw no gradient: they add nothing to a score.
+
+    Args:
+        coverage: as `factors` wrote it.
+        unreached: their layers, as `factors` wrote them.
+    """
+    reason = "no token of the fit reached this expert"
+    idle = {layer["name"]: layer["d_in"] * layer["d_out"] for layer in unreached}
+    num_attributed = coverage["num_attributed"] - sum(idle.values())
+    return {
+        **coverage,
+        "share": num_attributed / coverage["num_parameters"],
+        "num_attributed": num_attributed,
+        "attributed": [name for name in coverage["attributed"] if name not in idle],
+        "left_out": [
+            *coverage["left_out"],
+            *({"name": n, "num_parameters": k, "reason": reason} for n, k in idle.items()),
+        ],
     }

@@ -9,7 +9,7 @@ from influence.objectives import forward
 from influence.queries import Query, measured, query_batch
 from tasks import store
 from tasks.attributed import PassReference
-from tasks.models import load_tokenizer
+from tasks.generated import queries_of
 from tasks.params import MAX_SHARDS
 from tasks.prepared import (
     concatenate,
@@ -18,9 +18,9 @@ from tasks.prepared import (
     prepare_queries,
     write_prepared,
 )
-from tasks.querysets import QueryText, load_queries
+from tasks.querysets import QueryText
 from tasks.shards import ShardRef, map_shards, split
-from tasks.spectra import read_spectrum, spectrum_names
+from tasks.spectra import read_spectrum
 from tasks.workspace import StageContext
 
 QUERIES_PER_SHARD = 32  # a dense gradient of every query and layer is in memory at once
@@ -29,20 +29,19 @@ QUERIES_PER_SHARD = 32  # a dense gradient of every query and layer is in memory
 def run(context: StageContext) -> None:
     """Prepare every query by EK-FAC, at every λ, and by gradient dot product, as a baseline."""
     reference = PassReference.of(context)
-    texts = read_queries(context, reference)
+    texts = queries_of(context, reference.model)
     damping = damping_of(context.params)
     shards = split(len(texts), num_shards(len(texts)))
     parts = map_shards(context, prepare_shard, shards, items="queries")
     concatenate(parts, context.out / "prepared.safetensors")
     store.write_json(context.out / "queries.json", describe(texts, reference))
-    spectrum = context.artifact("correct") / "spectrum.safetensors"
-    store.write_json(
-        context.out / "damping.json",
-        {
-            name: damping.of(read_spectrum(spectrum, name).values)
-            for name in spectrum_names(spectrum)
-        },
-    )
+    file = context.artifact("correct") / "spectrum.safetensors"
+    dampings: dict[str, float] = {}
+    for layer in reference.attributed().layers:
+        spectrum = read_spectrum(file, layer.name)
+        if not (layer.is_routed and spectrum.is_zero):  # an expert that was not reached has none
+            dampings[layer.name] = damping.of(spectrum.values)
+    store.write_json(context.out / "damping.json", dict(sorted(dampings.items())))
 
 
 def num_shards(num_queries: int) -> int:
@@ -53,21 +52,10 @@ def num_shards(num_queries: int) -> int:
 def prepare_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     """Prepare some of the queries."""
     reference = PassReference.of(context)
-    texts = read_queries(context, reference)
+    texts = queries_of(context, reference.model)
     chosen = [as_query(texts[item]) for item in shard.items]
     rank, methods = context.params.query.rank, methods_of(context.params)
     write_prepared(path, prepare_queries(context, reference, chosen, rank, methods))
-
-
-def read_queries(context: StageContext, reference: PassReference) -> list[QueryText]:
-    """The run's queries, tokenised as its corpus was."""
-    params = context.params
-    return load_queries(
-        context.input(params.query.path),
-        load_tokenizer(reference.model.folder),
-        params.tokenize.bos,
-        reference.model.context,
-    )
 
 
 def as_query(text: QueryText) -> Query:
@@ -91,12 +79,22 @@ def describe(texts: Sequence[QueryText], reference: PassReference) -> list[dict[
                 "prompt_tokens": list(text.prompt_tokens),
                 "completion_tokens": list(text.completion_tokens),
                 "log_probability": f,
-                **(
-                    {"contrast": text.contrast, "contrast_tokens": list(text.contrast_tokens)}
-                    if text.contrast
-                    else {}
-                ),
+                **_told(text),
                 **text.extra,
             }
         )
     return described
+
+
+def _told(text: QueryText) -> dict[str, object]:
+    """What only some queries have."""
+    told: dict[str, object] = {}
+    if text.contrast:
+        told |= {"contrast": text.contrast, "contrast_tokens": list(text.contrast_tokens)}
+    if text.is_generated:
+        told["generated"] = True
+    if text.tags:
+        told["tags"] = list(text.tags)
+    if text.expected:
+        told["expected"] = list(text.expected)
+    return told

@@ -183,6 +183,15 @@ def _format(file: File) -> str:
     return found if found in allowed else ""
 
 
+def data_files(path: Path | str) -> list[File]:
+    """The files that `unread` reads, in its order.
+
+    Raises:
+        ValueError: none there.
+    """
+    return [file for _, file in _files(path)]
+
+
 def _files(path: Path | str) -> list[tuple[str, File]]:
     """Files with the names that errors and unnamed documents call them by."""
     if isinstance(path, str):

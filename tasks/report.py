@@ -32,6 +32,7 @@ def read_evidence(context: StageContext) -> Evidence:
         top=store.read_table(score / "top.parquet").to_pylist(),
         metrics=store.read_json(validate / "metrics.json"),
         recall=store.read_json(validate / "recall.json"),
+        expected=store.read_json(validate / "expected.json"),
         baselines=store.read_table(validate / "baselines.parquet").to_pylist(),
         plots=_plots(validate),
         ground_truth=store.read_json(GROUND_TRUTH),

@@ -28,6 +28,8 @@ def top_lines(
     """
     folder = root / ARTIFACTS / run
     rows = store.read_table(folder / "score" / "top.parquet", COLUMNS).to_pylist()
+    told = folder / "validate" / "expected.json"
+    expected = store.read_json(told)["queries"] if told.is_file() else {}
     asked = {each["name"]: each for each in store.read_json(folder / "query" / "queries.json")}
     names = [name for name in asked if query is None or query in name]
     if not names:
@@ -37,6 +39,8 @@ def top_lines(
     for name in names:
         yield ""
         yield f"{name}: {flat(asked[name]['prompt'])} → {said(asked[name])}"
+        if name in expected:
+            yield expected_line(expected[name])
         asked_for = (row for row in rows if row["query"] == name)
         for _, signed in groupby(asked_for, key=lambda row: row["sign"]):
             for group in grouped(signed)[:limit]:
@@ -45,9 +49,26 @@ def top_lines(
 
 
 def said(query: Mapping[str, Any]) -> str:
-    """The completion of a query, and what it is held against."""
+    """The completion of a query, whether the model wrote it, and what it is held against."""
     contrast = query.get("contrast")
-    return flat(query["completion"]) + (f" (rather than {flat(contrast)})" if contrast else "")
+    written = " (generated)" if query.get("generated") else ""
+    rather = f" (rather than {flat(contrast)})" if contrast else ""
+    return flat(query["completion"]) + written + rather
+
+
+def expected_line(found: Mapping[str, Any]) -> str:
+    """What the query expected, with the rank of each by EK-FAC, and how BM25 does."""
+    ranks = ", ".join(
+        f"{target['name']} #{target['ranks']['ekfac']}"
+        if target["ranks"]["ekfac"] is not None
+        else f"{target['name']} not scored (filtered out)"
+        for target in found["targets"]
+    )
+    ours, words = found["methods"]["ekfac"], found["methods"]["bm25"]
+    return (
+        f"  expected: {ranks}; recall at 10 {ours['recall_10']:.0%} (BM25 "
+        f"{words['recall_10']:.0%}), reciprocal rank {ours['mrr']:.2g} ({words['mrr']:.2g})"
+    )
 
 
 def top_rows(root: Path, run: str, limit: int) -> Iterator[dict[str, Any]]:

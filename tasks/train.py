@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tasks import store
 from tasks.checkpoints import (
+    ADAPTER,
     ModelReference,
     Source,
     checkpoint_files,
@@ -33,7 +34,15 @@ from tasks.models import (
     load_tokenizer,
     vocabulary_size,
 )
-from tasks.origin import Architecture, FineTuned, LocalCheckpoint, Scratch, Training, Tuning
+from tasks.origin import (
+    AdapterCheckpoint,
+    Architecture,
+    FineTuned,
+    LocalCheckpoint,
+    Scratch,
+    Training,
+    Tuning,
+)
 from tasks.scratch import new_model, train_tokenizer
 from tasks.shards import watched
 from tasks.windows import cut_windows, encode
@@ -65,6 +74,8 @@ def run(context: StageContext) -> None:
             reference = inspect_checkpoint(context.input(path), "checkpoint", path)
         except ValueError as error:
             raise ValueError(f"train.checkpoint.path: {error}") from error
+    elif isinstance(given.checkpoint, AdapterCheckpoint):
+        reference = _adapted(context, given.checkpoint)
     else:
         name, revision = given.checkpoint.hub, given.checkpoint.revision
         reference = inspect_checkpoint(hub_snapshot(name, revision), "hub", name, revision)
@@ -72,7 +83,11 @@ def run(context: StageContext) -> None:
 
 
 def inspect_checkpoint(
-    folder: Path, source: Source, path: str, revision: str | None = None
+    folder: Path,
+    source: Source,
+    path: str,
+    revision: str | None = None,
+    adapter: tuple[str, Path] | None = None,
 ) -> ModelReference:
     """Load a checkpoint and its tokenizer once, check that they fit, and describe them.
 
@@ -81,19 +96,37 @@ def inspect_checkpoint(
         source: where it came from.
         path: how model.json shall name it.
         revision: the hub's commit.
+        adapter: of the checkpoint: how model.json shall name it, and where it lies.
     """
-    model, tokenizer = load_model(folder, "cpu", torch.float32), load_tokenizer(folder)
+    name, place = adapter or (None, None)
+    model = load_model(folder, "cpu", torch.float32, place)
+    tokenizer = load_tokenizer(folder)
     check_tokenizer_fits(tokenizer, model)
+    files = {file.name: file for file in checkpoint_files(folder)}
+    if place is not None:
+        files |= {f"{ADAPTER}{file.name}": file for file in checkpoint_files(place)}
     return ModelReference(
         source=source,
         path=path,
         revision=revision,
         folder=folder,
-        files=tuple((file.name, store.digest(file)) for file in checkpoint_files(folder)),
+        files=tuple(sorted((key, store.digest(file)) for key, file in files.items())),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary=vocabulary_size(model),
         context=context_length(model),
+        adapter=name,
+        adapter_folder=place,
     )
+
+
+def _adapted(context: StageContext, given: AdapterCheckpoint) -> ModelReference:
+    adapter = given.adapter, context.input(given.adapter)
+    try:
+        return inspect_checkpoint(
+            context.input(given.base), "checkpoint", given.base, adapter=adapter
+        )
+    except ValueError as error:
+        raise ValueError(f"train.checkpoint.adapter: {error}") from error
 
 
 def _from_scratch(context: StageContext, architecture: Architecture, checkpoint: Path) -> None:
@@ -189,7 +222,30 @@ def train_model(
     Returns:
         The mean loss, nats a token, since the step before, at about fifty steps.
     """
-    arguments = transformers.TrainingArguments(
+    # Some sequences have no target, as those of one token; a batch of such would have no loss.
+    rows = [
+        (torch.from_numpy(row.astype(np.int64)), torch.from_numpy(targets))
+        for row, targets in zip(sequences, supervised, strict=True)
+        if targets.any()
+    ]
+    trainer = transformers.Trainer(
+        model=model,
+        args=_arguments(training, work, device),
+        train_dataset=rows,  # pyright: ignore[reportArgumentType]  a list serves as a dataset
+        data_collator=_collate,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(_Ticks(tick))
+    trainer.train(resume_from_checkpoint=_resumable(work))
+    return [
+        {"step": entry["step"], "loss": entry["loss"]}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _arguments(training: Training, work: Path, device: str) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
         output_dir=str(work),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch,
@@ -206,26 +262,6 @@ def train_model(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    # Some sequences have no target, as those of one token; a batch of such would have no loss.
-    rows = [
-        (torch.from_numpy(row.astype(np.int64)), torch.from_numpy(targets))
-        for row, targets in zip(sequences, supervised, strict=True)
-        if targets.any()
-    ]
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,  # pyright: ignore[reportArgumentType]  a list serves as a dataset
-        data_collator=_collate,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(_Ticks(tick))
-    trainer.train(resume_from_checkpoint=_resumable(work))
-    return [
-        {"step": entry["step"], "loss": entry["loss"]}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
 
 
 def _resumable(work: Path) -> str | None:

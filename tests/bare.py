@@ -68,7 +68,7 @@ def run(context):
     size = (context.artifact("tokenize") / "large.txt").stat().st_size
     metrics = {"size": size, "ratio": context.params.query.damping.ratio}
     store.write_json(context.out / "metrics.json", metrics)
-    for name in ("recall.json", "baselines.parquet"):
+    for name in ("recall.json", "expected.json", "baselines.parquet"):
         store.write_text(context.out / name, "{}")
     for name in ("spectra.png", "split_half.png", "baselines.png"):
         (context.out / name).write_bytes(base64.b64decode(PNG))

@@ -85,12 +85,12 @@ def label_gradients(
 
 
 def watch(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `run` returns, and what went into and came out of `module` meanwhile, [t, ·]."""
+    """What `run` returns, and what went into `module` meanwhile, [t, ·], and came out, [.., ·]."""
     seen = {}
     handle = module.register_forward_hook(lambda _, args, out: seen.update(a=args[0], s=out))
     result = run()
     handle.remove()
-    a = seen["a"][0].detach()
+    a = seen["a"].detach().flatten(0, -2)
     if module.bias is not None:
         a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
     return result, a, seen["s"]
@@ -101,7 +101,7 @@ def layer_io(
 ) -> tuple[Tensor, Tensor]:
     """ā [t, d_in] with the 1 of a bias, and d log p / d s [t, o]."""
     log_p, a, s = watch(module, lambda: log_probability(model, sequence, labels))
-    return a, torch.autograd.grad(log_p, s)[0][0]
+    return a, torch.autograd.grad(log_p, s)[0].flatten(0, -2)
 
 
 # ---- curvature
@@ -137,7 +137,7 @@ def expected_kronecker_factors(
             num_tokens += 1
             log_p = output[place].log_softmax(0)
             for y in range(len(log_p)):
-                ds = torch.autograd.grad(log_p[y], s, retain_graph=True)[0][0]
+                ds = torch.autograd.grad(log_p[y], s, retain_graph=True)[0].flatten(0, -2)
                 for other in places:
                     S = S + log_p[y].exp().item() * torch.outer(ds[other], ds[other])
     return A / num_tokens, S / num_tokens

@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.querysets import load_queries
+
 FIELDS = {"name", "prompt", "completion", "source", "category", "note"}
 EMBEDDED = ("models", "tinystories", "uci", "mnist", "wikipedia", "dialogue")
+CATEGORISED = ("tinystories", "smoke")  # queries without tags
 STORIES = {"first1000": 1000, "val_slice": 3117, "test_slice": 3118}
 
 
@@ -29,6 +32,17 @@ def tokenizer(root: Path):
 @pytest.fixture(scope="module")
 def model(root: Path):
     return AutoModelForCausalLM.from_pretrained(root / "data/models/stories260K").eval()
+
+
+@pytest.fixture(scope="module")
+def chatty(root: Path):
+    """The same tokenizer with a template for conversations."""
+    tokenizer = AutoTokenizer.from_pretrained(root / "data/models/stories260K")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tokenizer
 
 
 def encoded(tokenizer, text: str) -> list[int]:
@@ -89,12 +103,50 @@ def test_mnist_is_ten_thousand_labelled_images(root: Path):
     assert list(labels[8:18]) == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]  # as MNIST is known to begin
 
 
-@pytest.mark.parametrize("name", ["tinystories", "smoke"])
+@pytest.mark.parametrize("name", CATEGORISED)
 def test_queries_are_complete_and_their_names_differ(root: Path, name: str):
     queries = json_lines(root / f"data/queries/{name}.jsonl")
     assert all(set(query) == FIELDS and all(query.values()) for query in queries)
     assert len({query["name"] for query in queries}) == len(queries)
     assert {query["source"] for query in queries} <= {"model greedy", "human"}
+
+
+def test_every_pack_of_queries_is_one_that_we_read(root: Path, tokenizer, chatty):
+    """By our own reader, and its licence stands in the README; typed queries have no source."""
+    files = sorted((root / "data/queries").glob("*.jsonl"))
+    packs = [file for file in files if "source" in json_lines(file)[0]]
+    readme = (root / "data/README.md").read_text("utf-8")
+    row = re.compile(r"^\| `queries/(\w+)\.jsonl` \| (\d+) \| .* \| (.+) \|$", re.MULTILINE)
+    rows = row.findall(readme)
+    assert sorted(name for name, _, _ in rows) == [pack.stem for pack in packs]
+    licences = r"Apache-2\.0|MIT|CC BY|arXiv|as `facts"
+    assert all(re.search(licences, licence) for _, _, licence in rows)
+    for name, count, _ in rows:
+        pack = root / f"data/queries/{name}.jsonl"
+        queries = load_queries(pack, chatty, True, 1500)
+        assert len(queries) == int(count)
+        assert pack.stat().st_size <= 60_000
+        assert all(re.fullmatch(r"[a-z0-9][a-z0-9_]*", query.name) for query in queries)
+        if name not in CATEGORISED:
+            assert all(query.tags and query.extra["source"] for query in queries)
+    both = load_queries(root / "data/queries/reversed_facts.jsonl", tokenizer, True, None)
+    for fact, other in zip(both[::2], both[1::2], strict=True):
+        assert fact.extra["pair"] == other.extra["pair"]
+        assert (fact.tags[0], other.tags[0]) == ("forward", "reversed")
+        assert fact.completion.strip(" .") in other.prompt
+        assert other.completion.strip(" .") in fact.prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "corpus"),
+    [("wikipedia", "wikipedia/core.jsonl.gz"), ("chat", "dialogue/dolly.jsonl.gz")],
+)
+def test_what_queries_expect_is_in_the_corpus(root: Path, name: str, corpus: str):
+    held = json_lines(root / "data" / corpus)
+    ids, titles = {str(each["id"]) for each in held}, {each.get("title") for each in held}
+    for query in json_lines(root / f"data/queries/{name}.jsonl"):
+        for each in query["expected"]:
+            assert each in ids if isinstance(each, str) else each["title"] in titles, query
 
 
 def test_the_model_is_stories260K(model, tokenizer):

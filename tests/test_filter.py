@@ -9,6 +9,7 @@ import pytest
 # Modules, not names: a stage's module is what `run_stage` is given.
 from tasks import filter, store, tokenize, train
 from tasks.params import NoFilter, Tfidf
+from tasks.querysets import load_queries
 from tasks.sequences import TokenStore
 from tests.small_run import SECTIONS, run_stage, write_lines
 
@@ -47,7 +48,7 @@ def slow_scores(root: Path, terms: str = "tokens") -> dict[tuple[str, int], floa
         held = [set(tokens.row_tokens(row).tolist()) for row in range(tokens.num_sequences)]
     else:
         held = [split_words(story["text"]) for story in STORIES]
-    queries = filter.load_queries(
+    queries = load_queries(
         root / "queries.jsonl", filter.load_tokenizer(train_folder(root)), False, None
     )
     k1 = 1.5

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from flows.forms import KEYS, Changes, Measurements, Stage, TypedQuery
 from tasks import overrides
 from tasks.params import load_params, params_file
+from tasks.querylines import check_queries
 from tasks.workspace import STAGES
 
 
@@ -134,9 +135,16 @@ def test_what_makes_no_sense_is_refused(given):
 def test_a_typed_query_wants_a_name_a_prompt_and_a_completion():
     TypedQuery(name="a", prompt="b", completion=" c")
     TypedQuery(name="a", prompt="b", completion=" c", contrast=" d")
-    for given in ({"name": "A b"}, {"prompt": ""}, {"completion": ""}, {"contrast": ""}):
+    TypedQuery(name="a", prompt="b", generate=8)
+    wrong = ({"name": "A b"}, {"prompt": ""}, {"completion": ""}, {"contrast": ""})
+    for given in (
+        *wrong,
+        {"completion": None},
+        {"generate": 8},
+        {"completion": None, "generate": 0},
+    ):
         with pytest.raises(ValidationError):
-            TypedQuery(**{"name": "a", "prompt": "b", "completion": "c"} | given)
+            TypedQuery.model_validate({"name": "a", "prompt": "b", "completion": "c"} | given)
 
 
 def test_the_form_has_titles_help_bounds_and_the_runs(schema):
@@ -156,3 +164,28 @@ def test_an_empty_field_is_empty_and_not_a_choice_of_types(schema):
             assert "anyOf" not in field
             assert field.get("default", 0) is not None
     assert "default" not in schema["properties"]["changes"]
+
+
+def test_a_query_set_is_given_by_path_or_by_its_name(tmp_path):
+    from flows import doors
+
+    (tmp_path / "data/queries").mkdir(parents=True)
+    line = '{"name": "a", "prompt": "b", "completion": " c"}\n'
+    for path in ("data/queries/facts.jsonl", "mine.jsonl"):
+        (tmp_path / path).write_text(line)
+    found = [doors._query_set(tmp_path, "x", given, None) for given in ("facts", "mine.jsonl")]
+    assert found == ["data/queries/facts.jsonl", "mine.jsonl"]
+    with pytest.raises(ValueError, match=r"no query set 'ghost' in data/queries: there are facts;"):
+        doors._query_set(tmp_path, "x", "ghost", None)
+
+
+def test_typed_queries_are_written_as_lines_that_are_read(tmp_path):
+    from flows import doors
+
+    typed = [
+        TypedQuery(name="a", prompt="b", completion=" c"),
+        TypedQuery(name="d", prompt="e", generate=8),
+    ]
+    path = doors._query_set(tmp_path, "mine", None, typed)
+    assert path == "data/queries/mine.jsonl"
+    assert [record.fields.get("generate") for record in check_queries(tmp_path / path)] == [None, 8]

@@ -73,7 +73,7 @@ def test_every_package_folder_is_listed(project: dict, root: Path):
 def test_dependencies_are_the_tools_with_a_door(project: dict):
     extras = project["project"]["optional-dependencies"]
     requirements = [*project["project"]["dependencies"]]
-    requirements += [each for name in ("workflow", "dask", "ray") for each in extras[name]]
+    requirements += [each for name in ("workflow", "dask", "ray", "peft") for each in extras[name]]
     declared = {normalised(requirement) for requirement in requirements}
     doors = {normalised(DISTRIBUTION.get(tool, tool)) for tool in set(DOORS) - WITH_AN_EXTRA}
     assert declared == doors | NOT_IMPORTED

@@ -196,6 +196,20 @@ def evidence(*rows: dict[str, Any], **more: Any) -> Evidence:
     return Evidence(**(given | more))
 
 
+def expectation(name: str) -> dict[str, Any]:
+    """An entry of expected.json with one target found and one that the filter kept out."""
+    measures = {"recall_10": 0.5, "recall_100": 0.5, "mrr": 0.25}
+    return {
+        "num_expected": 2,
+        "num_filtered": 1,
+        "methods": {"ekfac": measures, "bm25": measures | {"mrr": 0.125}},
+        "targets": [
+            {"name": name, "num_sequences": 3, "ranks": {"ekfac": 4, "bm25": 8}},
+            {"name": "lost", "num_sequences": 1, "ranks": {"ekfac": None, "bm25": None}},
+        ],
+    }
+
+
 def pieces(text: ShadedText) -> list[tuple[str, int, bool]]:
     return [
         (piece.text, piece.level, group.marked)
@@ -218,6 +232,7 @@ def write_artefacts(root: Path, found: Evidence) -> None:
     store.write_json(folder / "query/queries.json", list(found.queries))
     store.write_json(folder / "validate/metrics.json", found.metrics)
     store.write_json(folder / "validate/recall.json", found.recall)
+    store.write_json(folder / "validate/expected.json", found.expected)
     kinds = {"query": "string", **dict.fromkeys(("row", "tfidf_rank", "bm25_rank"), "int64")}
     kinds["gradient_dot_rank"] = "int64"
     columns = {name: [one[name] for one in found.baselines] for name in kinds}
@@ -281,12 +296,13 @@ def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
     found = evidence(hostile, title=HOSTILE, run=HOSTILE)
     query = dict(found.queries[0]) | {
         "prompt": HOSTILE, "completion": HOSTILE, "note": HOSTILE, HOSTILE: HOSTILE,
-        "bad": "\ud800",
+        "bad": "\ud800", "tags": [HOSTILE, "'"],
     }  # fmt: skip
     summary = json.loads(json.dumps(found.summary))
     summary["model"]["source"] = HOSTILE
     summary["coverage"]["left_out"][0] = {"name": HOSTILE, "num_parameters": 1, "reason": HOSTILE}
-    html = document(replace(found, queries=[query], summary=summary), 10)
+    expected = {"queries": {query["name"]: expectation(HOSTILE)}}
+    html = document(replace(found, queries=[query], summary=summary, expected=expected), 10)
     html.encode("utf-8")
     page = Page(html)
     assert len(page.all("script")) == 1
@@ -510,6 +526,40 @@ def test_ranks_of_the_baselines_stand_beside_ours() -> None:
     assert shown[1] == "EK-FAC#2 Gradient dot– TF-IDF– BM25–"
 
 
+def test_what_a_query_expects_is_told_with_every_rank_and_marked_beside_it() -> None:
+    rows = (row(), row(rank=2, documents=["ts-9"], sequence="ts-9"))
+    found = evidence(*rows, expected={"queries": {"lily": expectation("ts-9")}})
+    page = Page(document(found, 10))
+    [told] = page.all("details", "expected")
+    words = " ".join(told["text"].split())
+    for part in (
+        "1 of 2 in the first 10, 1 not scored: the filter kept them out", "rank byEK-FACBM25",
+        "ts-9#4#8", "lostnot scorednot scored", "recall at 1050 %50 %",
+        "reciprocal rank0.250.12",
+    ):  # fmt: skip
+        assert part in words.replace("> ", ">"), words
+    shown = [element["text"].strip() for element in page.all("span", "source")]
+    assert shown == ["ts-1@0", "expected ts-9"]
+    assert not Page(document(evidence(), 10)).all("details", "expected")
+
+
+def test_tags_stand_beside_a_query_and_choose_among_them() -> None:
+    found = evidence()
+    tagged = dict(found.queries[0]) | {"tags": ["it's", "b"], "generated": True}
+    other = tagged | {"name": "other", "tags": ["b"], "generated": None}
+    page = Page(document(replace(found, queries=[tagged, other, found.queries[0]]), 10))
+    buttons = [
+        (json.loads(e["data-tag"]), e["text"]) for e in page.all("button") if "data-tag" in e
+    ]
+    assert buttons == [("", "All 3"), ("it's", "it's 1"), ("b", "b 2")]
+    for tag in ("li", "section"):
+        carried = [json.loads(e["data-tags"]) for e in page.all(tag) if "data-tags" in e]
+        assert carried == [["it's", "b"], ["b"], []]
+    measures = [element["text"] for element in page.all("p", "measure")]
+    assert ["generated" in text for text in measures] == [True, False, False]
+    assert not [e for e in Page(document(evidence(), 10)).all("button") if "data-tag" in e]
+
+
 def test_a_query_without_neighbours_and_without_extras_is_still_a_page() -> None:
     bare = evidence(row(), metrics={}, recall={}, baselines=[])
     query = {"name": "alone", "prompt": "Hi", "completion": "\n"}
@@ -537,6 +587,11 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
                 "layers": {"a": {"trace_ratio": 1.0}, "b": {"trace_ratio": 1.004}},
                 "dampings": {"ekfac@0.01": {"spearman": 0.65}, "ekfac@1": {"spearman": 0.95}},
                 "baselines": {"bm25": {"spearman": 0.1}},
+                "expected": {
+                    **{"num_queries": 2, "num_expected": 5, "num_filtered": 1},
+                    "ekfac": {"recall_10": 0.6, "recall_100": 0.8, "mrr": 0.5},
+                    "bm25": {"recall_10": 0.2, "recall_100": 0.4, "mrr": 0.25},
+                },
             },
             {"method": "tfidf", "recall": 0.95},
             {"pearson_control": 0.97},
@@ -549,6 +604,7 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
         "Recall of the filter": "good",
         "Order under another damping": "poor",
         "Against BM25": "note",
+        "Expected documents found": "fair",
     }
 
 

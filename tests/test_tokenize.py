@@ -284,7 +284,7 @@ def test_of_a_conversation_what_the_assistant_says_is_predicted(run_root, chatty
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, r"corpus\.messages: the tokenizer has no chat template"),
+        (None, r"corpus\.jsonl:1: messages want a chat template"),
         # As of a model whose earlier thoughts are left out.
         (
             "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}"

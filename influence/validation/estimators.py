@@ -13,9 +13,9 @@ from influence.damping import Damping
 from influence.eigenbasis import Eigen, EigenBasis, eigendecompose
 from influence.ekfac import EKFACBlock, kfac_eigenvalues
 from influence.examples import Batch
-from influence.factors import fit_factors
+from influence.factors import Factors, fit_factors
 from influence.layers import Layer
-from influence.solver import Blockwise, GradientDot
+from influence.solver import Blockwise, GradientDot, Unreached
 from influence.spectrum import Spectrum, fit_spectra
 
 LABELS_APART = 1_000_003  # between the seeds of draws that must be independent
@@ -26,13 +26,24 @@ class Curvature:
     """EK-FAC of every layer, fitted on all given examples; other estimators are cut from it.
 
     `positions` is how many loss-carrying positions an example has, on average, by layer: K-FAC's
-    factors are per position, and G is per example.
+    factors are per position, and G is per example. An expert that no example reached is in none.
     """
 
     layers: tuple[Layer, ...]
     eigens: Mapping[str, tuple[Eigen, Eigen]]
     ekfac: Mapping[str, EKFACBlock]
     positions: Mapping[str, float]
+
+    @property
+    def solvers(self) -> dict[str, EKFACBlock | Unreached]:
+        """EK-FAC of every layer, also of experts that no example reached."""
+        like = next(iter(self.ekfac.values())).eigenvalues
+        return {
+            layer.name: self.ekfac[layer.name]
+            if layer.name in self.ekfac
+            else Unreached(like.new_zeros(layer.d_out, layer.d_in))
+            for layer in self.layers
+        }
 
     def dampings(self, damping: Damping) -> dict[str, float]:
         """λ_ℓ, from the corrected eigenvalues: one damping for all estimators."""
@@ -68,18 +79,7 @@ def fit_curvature(
     """
     seeds = [seed + LABELS_APART * draw for draw in range(2 * draws)]
     factors = reduce(add, [fit_factors(model, layers, batches, each) for each in seeds[:draws]])
-    groups = {
-        group: eigendecompose_blocks(covariance.value, blocks, f"A/{group}")
-        for group, covariance in factors.inputs.items()
-    }
-    eigens = {
-        name: (
-            groups[layer.input_group],
-            eigendecompose_blocks(factors.outputs[name].value, blocks, f"S/{name}"),
-        )
-        for layer in layers
-        for name in [layer.name]
-    }
+    eigens = _eigens(layers, factors, blocks)
     parameter = next(model.parameters())
     bases = {
         name: EigenBasis(A.vectors, S.vectors).to(parameter.dtype, parameter.device)
@@ -91,11 +91,34 @@ def fit_curvature(
         tuple(layers),
         eigens,
         {
-            name: EKFACBlock(bases[name], spectrum.values.to(parameter))
-            for name, spectrum in spectra.items()
+            layer.name: EKFACBlock(bases[layer.name], spectra[layer.name].values.to(parameter))
+            for layer in layers
+            if not (layer.is_routed and spectra[layer.name].is_zero)
         },
-        {layer.name: factors.of(layer).S.num_tokens / num_examples for layer in layers},
+        {
+            name: covariance.num_tokens / num_examples
+            for name, covariance in factors.outputs.items()
+        },
     )
+
+
+def _eigens(
+    layers: Sequence[Layer], factors: Factors, blocks: int
+) -> dict[str, tuple[Eigen, Eigen]]:
+    """Of A and S of every layer that has them; a shared A is decomposed once."""
+    groups = {
+        group: eigendecompose_blocks(covariance.value, blocks, f"A/{group}")
+        for group, covariance in factors.inputs.items()
+    }
+    return {
+        name: (
+            groups[layer.input_group],
+            eigendecompose_blocks(factors.outputs[name].value, blocks, f"S/{name}"),
+        )
+        for layer in layers
+        for name in [layer.name]
+        if name in factors.outputs or not layer.is_routed
+    }
 
 
 def fit_diagonal(

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.layers import Layer, from_parameters, to_parameters
+from influence.layers import Layer
+from influence.parameters import from_parameters, to_parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from tasks.page.characters import visible
 from tasks.page.evidence import Evidence
 from tasks.page.facts import facts
 from tasks.page.shading import LEVELS
-from tasks.page.views import SPURIOUS, query_views, unit
+from tasks.page.views import SPURIOUS, query_views, tag_counts, unit
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,9 +26,11 @@ def document(evidence: Evidence, most: int) -> str:
         lstrip_blocks=True,
     )
     evidence = evidence.checked()
+    queries = query_views(evidence, most)
     return environment.get_template("report.html.j2").render(
         facts=facts(evidence),
-        queries=query_views(evidence, most),
+        queries=queries,
+        tags=tag_counts(queries),
         unit=unit(evidence).unit,
         levels=LEVELS,
         spurious=SPURIOUS,

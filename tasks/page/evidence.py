@@ -16,7 +16,8 @@ class Evidence:
     """Facts of one run, as its stages wrote them (artifacts/<run>/…).
 
     summary: score/summary.json. queries: query/queries.json. top: rows of score/top.parquet.
-    baselines: rows of validate/baselines.parquet. plots: PNG files of validate by name.
+    expected: validate/expected.json. baselines: rows of validate/baselines.parquet.
+    plots: PNG files of validate by name.
     ground_truth: what the benchmarks found, for the whole project.
     """
 
@@ -27,6 +28,7 @@ class Evidence:
     top: Sequence[Row]
     metrics: Mapping[str, Any] = field(default_factory=dict)
     recall: Mapping[str, Any] = field(default_factory=dict)
+    expected: Mapping[str, Any] = field(default_factory=dict)
     baselines: Sequence[Row] = ()
     plots: Mapping[str, bytes] = field(default_factory=dict)
     ground_truth: Sequence[Row] = ()

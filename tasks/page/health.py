@@ -45,6 +45,7 @@ def verdicts(
         _recall(recall),
         _dampings(metrics.get("dampings")),
         *_rivals(metrics.get("baselines")),
+        _expected(metrics.get("expected")),
         _ground_truth(ground_truth),
     )
     return [verdict for verdict in measured if verdict is not None]
@@ -183,6 +184,30 @@ def _rivals(baselines: Mapping[str, Any] | None) -> Iterator[Verdict]:
         how = "much the same order as" if value >= 0.8 else "an order related to that of"
         sentence = f"EK-FAC gives {how if value >= 0.3 else 'another order than'} {name}."
         yield Verdict(f"Against {name}", f"ρ = {plain(value, 2)}", "note", sentence)
+
+
+def _expected(found: Mapping[str, Any] | None) -> Verdict | None:
+    """How much of what the queries expect stands early, beside the same of other rankings."""
+    if not found:
+        return None
+    ours = found["ekfac"]
+    grade = _graded(ours["recall_10"], 0.9, 0.5)
+    filtered = found["num_filtered"]
+    rivals = ", ".join(
+        f"{name} {percent(found[key]['recall_10'], 0)} ({plain(found[key]['mrr'], 2)})"
+        for key, name in _RIVALS.items()
+        if key in found
+    )
+    sentence = (
+        f"Of {found['num_expected']} documents that {found['num_queries']} queries expect, "
+        f"{filtered} were never scored: the filter kept them out. Recall at 100 is "
+        f"{percent(ours['recall_100'], 0)}, MRR {plain(ours['mrr'], 2)}; means over queries. "
+        f"Recall at 10 (MRR) of others: {rivals}."
+    )
+    return Verdict(
+        "Expected documents found", f"{percent(ours['recall_10'], 0)} in the first 10", grade,
+        sentence,
+    )  # fmt: skip
 
 
 def _ground_truth(benchmarks: Sequence[Mapping[str, Any]]) -> Verdict | None:

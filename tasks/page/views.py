@@ -1,6 +1,7 @@
 """Queries and their neighbours as the templates print them: every number already a text."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -8,6 +9,7 @@ from typing import Any
 
 from tasks.grouped import Group
 from tasks.page.evidence import Baselines, Evidence, Row
+from tasks.page.expectations import Expectations, expectations
 from tasks.page.numbers import Nats, change_in_probability, plain, ratio
 from tasks.page.pictures import Rows, Strip, layer_strip, profile, token_map
 from tasks.page.shading import ShadedText, shaded_text
@@ -17,7 +19,10 @@ SPURIOUS = 2 / 3  # Grosse et al. 2023, §5.3: above, one token carries the whol
 _METHODS = {"gradient_dot": "Gradient dot", "tfidf": "TF-IDF", "bm25": "BM25"}
 _WINDOW_CHARACTERS = 420
 _LONG_PROMPT = 700
-_OWN_FIELDS = {"name", "prompt", "completion", "note", "log_probability"}
+_OWN_FIELDS = {
+    *("name", "prompt", "completion", "note", "log_probability"),
+    *("tags", "expected", "generated"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Neighbour:
     bar: float
     sequence: str
     documents: tuple[str, ...]
+    is_expected: bool
     metadata: tuple[tuple[str, str], ...]
     text: ShadedText
     num_tokens: int
@@ -53,7 +59,10 @@ class QueryView:
     number: int
     anchor: str
     name: str
-    tags: tuple[tuple[str, str], ...]
+    details: tuple[tuple[str, str], ...]
+    tags: tuple[str, ...]
+    is_generated: bool
+    expected: Expectations | None
     prompt_head: str
     prompt: str
     completion_gap: str
@@ -83,6 +92,11 @@ def query_views(evidence: Evidence, most: int) -> list[QueryView]:
     ]
 
 
+def tag_counts(queries: Sequence[QueryView]) -> dict[str, int]:
+    """How many queries have each tag, in the order in which tags first come."""
+    return dict(Counter(tag for query in queries for tag in query.tags))
+
+
 def unit(evidence: Evidence) -> Nats:
     """One unit for the whole page, so that queries compare: it suits the median query's best."""
     largest: dict[str, float] = {}
@@ -109,6 +123,7 @@ class _Scale:
     text: str
     largest: float
     nats: Nats
+    expected: frozenset[str]
 
 
 def _query_view(frame: _Frame, query: Row, number: int) -> QueryView:
@@ -118,7 +133,13 @@ def _query_view(frame: _Frame, query: Row, number: int) -> QueryView:
         row["influence"] for side in sides for group in side for row in (group.first, *group.others)
     ]
     largest = max(map(abs, scores), default=0.0)
-    scale = _Scale(prompt + query["completion"], largest, Nats.of(largest, frame.exponent))
+    expected = expectations(frame.evidence.expected.get("queries", {}).get(name))
+    scale = _Scale(
+        prompt + query["completion"],
+        largest,
+        Nats.of(largest, frame.exponent),
+        expected.names if expected else frozenset(),
+    )
     positive, negative = (
         tuple(_neighbour(frame, scale, group, f"{anchor}{mark}") for group in side)
         for side, mark in zip(sides, "pn", strict=True)
@@ -131,7 +152,10 @@ def _query_view(frame: _Frame, query: Row, number: int) -> QueryView:
         number=number,
         anchor=anchor,
         name=name,
-        tags=fields({key: query[key] for key in query if not _is_own(key)}),
+        details=fields({key: query[key] for key in query if not _is_own(key)}),
+        tags=tuple(map(str, query.get("tags") or ())),
+        is_generated=bool(query.get("generated")),
+        expected=expected,
         prompt_head=prompt[:cut],
         prompt=prompt[cut:],
         completion_gap=query["completion"][: len(query["completion"]) - len(completion)],
@@ -164,6 +188,7 @@ def _neighbour(frame: _Frame, scale: _Scale, group: Group, side: str) -> Neighbo
         bar=round(100 * ratio(row["influence"], scale.largest), 1),
         sequence=str(row["sequence"]),
         documents=tuple(str(document) for document in row.get("documents") or ()),
+        is_expected=not scale.expected.isdisjoint((row["sequence"], *(row.get("documents") or ()))),
         metadata=fields(_json_object(row.get("metadata"))),
         text=shaded_text(tokens, influence, marks, width, nats),
         num_tokens=len(tokens),

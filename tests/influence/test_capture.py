@@ -7,6 +7,7 @@ from torch import nn
 from influence.capture import capture
 from influence.layers import find_layers
 from influence.objectives import forward, training_loss
+from influence.passes import NonFiniteSequenceError, run_pass
 from tests import oracles
 from tests.influence import models
 
@@ -162,24 +163,30 @@ def test_a_layer_that_the_pass_did_not_run_is_absent():
     assert set(io) == {layer.name for layer in layers} - {"unused"}
 
 
-def test_an_activation_in_place_after_a_layer_is_refused_or_changes_nothing():
+@pytest.mark.parametrize("picked", ["all", "2"])  # in the midst of the graph, and where it begins
+@pytest.mark.parametrize("is_view", [True, False])
+def test_an_activation_in_place_after_a_layer_is_refused_or_changes_nothing(picked, is_view):
     """Else the captured output would be the one after the ReLU, and its ds too large."""
+
+    class Product(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.mT + self.bias  # no view, unlike nn.Linear's output
+
     torch.manual_seed(0)
-    plain = nn.Sequential(
-        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
-    ).double()
+    middle = (nn.Linear if is_view else Product)(4, 4)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), middle, nn.ReLU(), nn.Linear(4, 2)).double()
     in_place = nn.Sequential(*plain[:3], nn.ReLU(inplace=True), plain[4])
     x = torch.randn(2, 3, 3, dtype=torch.float64)
 
     def gradient(model: nn.Module) -> torch.Tensor:
-        with capture(model, find_layers(model, ["all"])[0]) as opened:
+        with capture(model, find_layers(model, [picked])[0]) as opened:
             return opened.backward(model(x).square().sum())["2"].gradient()
 
-    try:
-        got = gradient(in_place)
-    except (ValueError, RuntimeError):
-        return
-    torch.testing.assert_close(got, gradient(plain))
+    if is_view and picked == "all":
+        with pytest.raises(ValueError, match="'2' is changed in place"):
+            gradient(in_place)
+    else:
+        torch.testing.assert_close(gradient(in_place), gradient(plain))
 
 
 def test_a_layer_whose_input_is_changed_in_place_afterwards_is_refused_or_sees_the_old_input():
@@ -207,3 +214,48 @@ def test_a_layer_whose_input_is_changed_in_place_afterwards_is_refused_or_sees_t
     except (ValueError, RuntimeError):
         return
     torch.testing.assert_close(got, gradient(False))
+
+
+class Rows(nn.Module):
+    """Puts `keep` of the rows of all sequences, one below the other, through its layer."""
+
+    def __init__(self, keep: slice = slice(None)) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(models.VOCABULARY, 4), nn.Linear(4, 4)
+        self.keep = keep
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        rows = x.flatten(0, 1)
+        kept = torch.arange(len(rows))[self.keep]
+        rows = rows.index_copy(0, kept, self.layer(rows[kept]))
+        return rows.view_as(x).cumsum(1) @ self.embedding.weight.T
+
+
+def test_rows_that_a_model_flattens_before_a_layer_belong_to_their_sequences():
+    model, sequences = models.randomise(Rows(), 0), models.corpus()
+    layers = find_layers(model, ["layer"])[0]
+    io = models.io_of(model, layers, models.batch(sequences), training_loss)["layer"]
+    assert io.a.shape[:2] == models.batch(sequences).tokens.shape
+    for n, sequence in enumerate(sequences):
+        alone = models.io_of(model, layers, models.batch([sequence]), training_loss)["layer"]
+        torch.testing.assert_close(io.gradient()[n], alone.gradient()[0])
+
+
+def test_a_layer_that_runs_on_other_positions_than_the_batchs_is_refused_by_name():
+    """Half of the rows could belong to any sequence; guessing would give each another's."""
+    model, batch = models.randomise(Rows(slice(0, None, 2)), 0), models.batch(models.corpus())
+    layers = find_layers(model, ["layer"])[0]
+    with pytest.raises(ValueError, match=r"'layer' ran on inputs of shape \(12, 4\).*4 × 6"):
+        models.io_of(model, layers, batch, training_loss)
+
+
+def test_an_infinite_activation_among_flattened_rows_is_named_by_its_sequence():
+    model, batch = models.randomise(Rows(), 0), models.batch(models.corpus(lengths=(3, 5, 4)))
+    with torch.no_grad():
+        model.embedding.weight[1] = torch.inf
+    batch.tokens[:] = 0
+    batch.tokens[2, 1] = 1
+    with pytest.raises(NonFiniteSequenceError) as caught:
+        run_pass(model, find_layers(model, ["layer"])[0], batch, training_loss)
+    assert (caught.value.layer, caught.value.sequence_id) == ("layer", int(batch.ids[2]))

@@ -52,7 +52,7 @@ def test_the_positions_of_an_image_are_the_patches_the_kernel_lies_on(shape):
     layers, _ = find_layers(model, ["conv"])
     with torch.no_grad():
         outputs = model.conv(images)
-    a, s = as_positions(layers[0], images, outputs)
+    a, s = as_positions(layers[0], images, outputs, (len(images),))
     for n, image in enumerate(images):
         wanted = oracles.patches(model.conv, image)
         torch.testing.assert_close(a[n], wanted)

@@ -123,6 +123,23 @@ def test_layers_with_and_without_bias_share_no_factor_though_they_share_their_in
     assert [layer.input_group for layer in layers] == ["one", "two", "two"]
 
 
+def test_layers_between_which_their_input_changes_in_place_do_not_share_it():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, input_ids, **_):
+            x = torch.nn.functional.one_hot(input_ids, 3).float()
+            y = self.one(x)
+            x += y
+            return self.two(x) + self.three(x)
+
+    model = Residual()
+    layers = share_inputs(model, find_layers(model, ["all"])[0], torch.tensor([[0, 2]]))
+    assert [layer.input_group for layer in layers] == ["one", "two", "two"]
+
+
 def test_looking_for_shared_inputs_leaves_no_hook_behind():
     model = models.llama()
     share_inputs(model, models.attributed(model), torch.tensor([[1, 2, 3]]))

@@ -1,5 +1,5 @@
 // The page reads without this. It adds: the value of a token as soon as it is touched, the keys j and k
-// from query to query, and a switch for one side alone.
+// from query to query, a switch for one side alone, and one for the queries of one tag.
 (() => {
   "use strict";
   const root = document.documentElement;
@@ -39,13 +39,26 @@
     });
   }
 
-  const queries = [...document.querySelectorAll(".query")];
+  const every = [...document.querySelectorAll(".query")];
+  let queries = every;
   const here = document.querySelector(".here");
   const current = () => queries.findLastIndex((query) => query.getBoundingClientRect().top < 120);
   const show = () => {
     const at = current();
     here.textContent = at < 0 ? "" : `${at + 1} of ${queries.length}: ${queries[at].querySelector(".completion").textContent.trim()}`;
   };
+  const chosen = [...document.querySelectorAll(".tagswitch button")];
+  for (const button of chosen) {
+    button.addEventListener("click", () => {
+      const tag = JSON.parse(button.dataset.tag);
+      for (const part of document.querySelectorAll("[data-tags]")) {
+        part.hidden = tag !== "" && !JSON.parse(part.dataset.tags).includes(tag);
+      }
+      queries = every.filter((query) => !query.hidden);
+      for (const other of chosen) other.setAttribute("aria-pressed", String(other === button));
+      show();
+    });
+  }
   const step = (by) => {
     const next = queries[Math.min(queries.length - 1, Math.max(0, current() + by))];
     if (next) next.scrollIntoView();

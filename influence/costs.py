@@ -1,0 +1,198 @@
+"""What attribution costs, from shapes alone: numbers kept, and floating-point operations (FLOP).
+
+A multiply-add is two FLOP. Work is told in fb as well: one fb is a forward and backward of training
+over the same tokens, 6 FLOP a weight and token and what attention adds (Kaplan et al. 2020, §2.1).
+Which form of a product runs is asked of the code that chooses it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from influence.contraction import forms_gradients
+from influence.eigenbasis import EigenBasis
+from influence.layers import Layer
+from influence.lowrank import ITERATIONS, SPARE, LowRank
+from influence.sums import BLOCK
+
+Number = int | float  # whole or an average
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A model as far as its costs go.
+
+    Attributes:
+        layers: the attributed ones; their modules may be on the meta device.
+        num_parameters: all, tied ones once.
+        num_multiplied: weights that each token is multiplied with: all linear layers, the head too.
+        attention: width of queries and keys, summed over the blocks.
+        vocabulary: columns of the logits.
+    """
+
+    layers: tuple[Layer, ...]
+    num_parameters: int
+    num_multiplied: int
+    attention: int
+    vocabulary: int
+
+
+def inputs_of(layers: Sequence[Layer]) -> list[int]:
+    """d_in of each input once, however many layers take it."""
+    return list({layer.input_group: layer.d_in for layer in layers}.values())
+
+
+def sides(layers: Sequence[Layer]) -> list[int]:
+    """Sizes of all A, one an input, and of all S."""
+    return [*inputs_of(layers), *(layer.d_out for layer in layers)]
+
+
+def num_weights(layers: Sequence[Layer]) -> int:
+    """Weights and biases; as many numbers are in Λ."""
+    return sum(layer.d_in * layer.d_out for layer in layers)
+
+
+def num_covariances(layers: Sequence[Layer], blocks: int = 1) -> int:
+    """Numbers of A and S, and of Q_A and Q_S; cut into diagonal blocks, a part of them
+    (Grosse et al. 2023, Appendix A)."""
+    return sum(size**2 for size in sides(layers)) // blocks
+
+
+def num_packed(layers: Sequence[Layer]) -> int:
+    """Numbers of one half of each A and S, the diagonal included."""
+    return sum(size * (size + 1) // 2 for size in sides(layers))
+
+
+def curvature_ratio(layers: Sequence[Layer], blocks: int = 1) -> float:
+    """Numbers of EK-FAC ÷ weights: M/P + P/M + 1 of a layer (Grosse et al. 2023, Eq. 27)."""
+    return (num_covariances(layers, blocks) + num_weights(layers)) / num_weights(layers)
+
+
+def kept_rank(layer: Layer, rank: int | None) -> int:
+    """Columns of a prepared query; None, or more than a matrix has, is full rank."""
+    full = min(layer.d_in, layer.d_out)
+    return full if rank is None else min(rank, full)
+
+
+def num_prepared(layers: Sequence[Layer], rank: int | None) -> int:
+    """Numbers of one prepared query: both factors of every layer."""
+    return sum((layer.d_in + layer.d_out) * kept_rank(layer, rank) for layer in layers)
+
+
+def training_flop(model: ModelShape, length: Number) -> Number:
+    """Of one token in a sequence of `length`: forward, input gradients, weight gradients: 1 fb."""
+    return 6 * model.num_multiplied + 12 * model.attention * length
+
+
+def pass_flop(model: ModelShape, length: Number) -> Number:
+    """Of one token: forward and input gradients; no weight gradient is formed."""
+    return 4 * model.num_multiplied + 12 * model.attention * length
+
+
+def factor_flop(layers: Sequence[Layer]) -> Number:
+    """Of one token: its products for A and S, of which blocks below the diagonal are left out."""
+    return sum(2 * _upper(size) for size in sides(layers))
+
+
+def _upper(size: int) -> int:
+    if size < 2 * BLOCK:
+        return size**2
+    starts = range(0, size, BLOCK)
+    return sum((min(start + BLOCK, size) - start) * (size - start) for start in starts)
+
+
+def rotation_flop(layer: Layer, length: Number) -> Number:
+    """Of one sequence: its gradient formed and rotated, each side before the sum or after it."""
+    return _rotation_flop(layer.d_in, layer.d_out, length)
+
+
+@cache
+def _rotation_flop(i: int, o: int, length: Number) -> Number:
+    basis = EigenBasis(torch.empty(i, i, device="meta"), torch.empty(o, o, device="meta"))
+    inputs = length if basis.rotates_inputs_first(round(length)) else o
+    outputs = length if basis.rotates_outputs_first(round(length)) else i
+    return 2 * inputs * i**2 + 2 * outputs * o**2 + 2 * length * i * o
+
+
+def spectrum_flop(layers: Sequence[Layer], length: Number) -> Number:
+    """Of one sequence: rotated gradients, squared and added."""
+    return sum(rotation_flop(each, length) + 2 * each.d_in * each.d_out for each in layers)
+
+
+def eigen_flop(size: int) -> Number:
+    """All eigenvalues and eigenvectors of a symmetric matrix: 9 n³ (Golub and Van Loan 2013, §8.3).
+
+    An order of magnitude: the divide-and-conquer that runs does less where eigenvalues cluster.
+    """
+    return 9.0 * size**3
+
+
+def query_flop(layers: Sequence[Layer], length: Number, rank: int | None, solved: int) -> Number:
+    """Of one query: its gradient rotated, divided and truncated, once a damping.
+
+    Args:
+        layers: the attributed ones.
+        length: tokens of prompt and completion.
+        rank: of what is kept.
+        solved: dampings.
+    """
+    total = 0.0
+    for layer in layers:
+        kept = kept_rank(layer, rank)
+        back = 2 * kept * (layer.d_in**2 + layer.d_out**2)
+        each = truncation_flop(layer, rank) + back
+        total += solved * (rotation_flop(layer, length) + each)
+    return total
+
+
+def truncation_flop(layer: Layer, rank: int | None) -> Number:
+    """The leading singular vectors of one matrix."""
+    long, short = max(layer.d_in, layer.d_out), min(layer.d_in, layer.d_out)
+    if rank is None or rank >= short:
+        return 0.0
+    columns = rank + SPARE
+    if 4 * columns > short:  # R-SVD (Golub and Van Loan 2013, Fig. 8.6.1)
+        return 6.0 * long * short**2 + 20.0 * short**3
+    products = 2 + 2 * ITERATIONS
+    return products * (2.0 * long * short * columns + 2.0 * long * columns**2)
+
+
+def contraction_flop(
+    layer: Layer,
+    length: Number,
+    num_queries: int,
+    rank: int | None,
+    window: Number = float("inf"),
+    columns: int | None = None,
+) -> Number:
+    """Of one sequence with all queries, in the form that `Contractions` takes.
+
+    Args:
+        layer: whose part it is.
+        length: tokens.
+        num_queries: dampings and baselines are queries too.
+        rank: of what is kept of a query.
+        window: sequences that meet the dense matrices before these are made anew.
+        columns: of a subspace that all queries share; None: exact.
+    """
+    i, o, kept = layer.d_in, layer.d_out, kept_rank(layer, rank)
+    if columns is not None:
+        shared = min(columns, num_queries * kept)
+        a_side, s_side = min(shared, i), min(shared, o)
+        met = 2 * (length + num_queries) * a_side * s_side
+        return 2 * length * (i * a_side + o * s_side) + met
+    if _forms_gradients(i, o, num_queries, kept, round(length), window):
+        made = num_queries * kept / window
+        return 2 * (length + num_queries + made) * i * o
+    return 2 * length * num_queries * kept * (i + o)
+
+
+@cache
+def _forms_gradients(
+    i: int, o: int, num_queries: int, rank: int, length: int, window: Number
+) -> bool:
+    left = torch.empty(num_queries, o, rank, device="meta")
+    right = torch.empty(num_queries, rank, i, device="meta")
+    return forms_gradients(LowRank(left, right), length, window)

@@ -1,0 +1,156 @@
+"""The figures of a plan: sizes of model, corpus and queries, and how fast work is here."""
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from influence.costs import training_flop
+from tasks import store
+from tasks.attributed import resolve_device
+from tasks.corpora import Corpus
+from tasks.corpussize import CHARACTERS, corpus_size
+from tasks.hardware import described, this_machine
+from tasks.measured import plan_folder
+from tasks.models import Tokenizer, load_tokenizer
+from tasks.modelsizes import model_sizes
+from tasks.params import RunParams, load_params
+from tasks.plan import FORM, Plan, StagePlan
+from tasks.probe import probe_rates
+from tasks.querysets import check_queries
+from tasks.rates import Rates, of_start, startup
+from tasks.remedies import refusal
+from tasks.runners import num_cores
+from tasks.stagecosts import Planned, Sizes, StageCost, stage_costs
+from tasks.stageseconds import reckoned, timed
+from tasks.textrates import TextRates, text_rates
+from tasks.workspace import ARTIFACTS
+
+# Bytes of a stage's process where none was probed: torch, Prefect, DVC; and those with a model.
+BARE, BASE = 330_000_000, 480_000_000
+RATES = "rates.json"
+
+
+def estimated(root: Path, run: str, fit: str, key: str, hardware: str | None, anew: bool) -> Plan:
+    """A plan made now; see `plan.plan_run`."""
+    params = load_params(root, run)
+    device = resolve_device(params.runtime.device)
+    here = this_machine(root, device)
+    sizes, tokenizer = run_sizes(root, params, root / ARTIFACTS / fit)
+    told = [
+        f"model: {sizes.model.shape.num_parameters:,} parameters",
+        f"corpus: {sizes.corpus.num_sequences:,} sequences, {sizes.corpus.num_tokens:,} tokens "
+        f"({sizes.corpus.told})",
+    ]
+    if hardware is not None:
+        planned = Planned(params, sizes, described(hardware, here))
+        stages = stage_costs(planned)
+        seconds = reckoned(planned, stages)
+        told.append(f"time: by arithmetic, on {hardware}")
+    else:
+        planned = Planned(params, sizes, here)
+        rates, text, how = _rates(root, run, planned, device, tokenizer, anew)
+        if rates is not None:
+            planned = Planned(params, replace(sizes, base=rates.base, bare=rates.bare), here)
+        stages = stage_costs(planned)
+        if rates is not None:
+            stages = [_with_checks(each, rates) for each in stages]
+            seconds = timed(planned, stages, rates, text)
+        else:
+            seconds = {}
+        told.append(how)
+    lines = tuple(_stage_plan(planned, each, seconds.get(each.stage)) for each in stages)
+    faults, blocked = refusal(planned, root, run, fit)
+    return Plan(run, key, tuple(told), lines, tuple(faults), tuple(blocked))
+
+
+def _with_checks(cost: StageCost, rates: Rates) -> StageCost:
+    """Stage validate imports more than others do."""
+    return replace(cost, host=cost.host + rates.checks_base) if cost.stage == "validate" else cost
+
+
+def _stage_plan(planned: Planned, cost: StageCost, seconds: float | None) -> StagePlan:
+    one = cost.tokens * training_flop(planned.sizes.model.shape, planned.length)
+    return StagePlan(
+        cost.stage, cost.tokens, cost.flop / one if one and cost.flop else None, cost.device,
+        cost.host, cost.disk, cost.work, seconds, cost.shards, cost.groups,
+    )  # fmt: skip
+
+
+def run_sizes(root: Path, params: RunParams, fitted: Path) -> tuple[Sizes, "Tokenizer | None"]:
+    """Model, corpus and queries of a run, and the tokenizer, if one is at hand.
+
+    Args:
+        root: the checkout.
+        params: of the run.
+        fitted: artifacts/<fit>, whose stages need not be there.
+
+    Raises:
+        ValueError: no model or corpus to be sized.
+    """
+
+    model = model_sizes(params, root, fitted / "train", params.tokenize.context)
+    try:
+        tokenizer = None if model.folder is None else load_tokenizer(model.folder)
+    except (ValueError, OSError):  # a model of which only the configuration is here
+        tokenizer = None
+    records = check_queries(root / params.query.path)
+    texts = [str(each.fields["prompt"]) + str(each.fields["completion"]) for each in records]
+    contrasts = sum(each.fields.get("contrast") is not None for each in records)
+    if tokenizer is None:
+        lengths = [max(2, len(text) // CHARACTERS) for text in texts]
+    else:
+        lengths = [
+            len(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
+    length = (1 + contrasts / len(texts)) * sum(lengths) / len(lengths) + params.tokenize.bos
+    corpus = corpus_size(params, root, fitted / "tokenize", tokenizer)
+    return Sizes(model, corpus, len(texts), length, BARE, BASE), tokenizer
+
+
+def _rates(
+    root: Path, run: str, planned: Planned, device: str, tokenizer: "Tokenizer | None", anew: bool
+) -> tuple[Rates | None, TextRates | None, str]:
+    """Timed now, or read back; None with the reason if nothing could be timed."""
+
+    file, key = plan_folder(root, run) / RATES, _rates_key(planned, device)
+    if not anew and file.is_file() and (stored := store.read_json(file)).get("key") == key:
+        text = stored["text"] and TextRates(**stored["text"])
+        return Rates(**stored["rates"]), text, stored["told"]
+    corpus, text = Corpus.of(planned.params.corpus, root), None
+    try:
+        started = startup(planned.params, planned.sizes.model.folder)
+        if tokenizer is not None:
+            text = text_rates(planned.params, corpus, tokenizer)
+    except (ValueError, OSError) as error:
+        return None, None, f"time: not known ({error}); give --hardware"
+    try:
+        rates, told = probe_rates(planned, device, started), _probed()
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        told = f"time: of passes not known ({str(error).splitlines()[0]}); give --hardware"
+        rates = of_start(started)
+    content = {"key": key, "told": told, "rates": asdict(rates), "text": text and asdict(text)}
+    store.write_json(file, content)
+    return rates, text, told
+
+
+def _probed() -> str:
+    busy = os.getloadavg()[0] > num_cores()
+    told = "time: by a probe of a few batches here"
+    return f"{told}, while other work was on the machine (--anew: again)" if busy else told
+
+
+def _rates_key(planned: Planned, device: str) -> str:
+    """sha256 of what the rates depend on: machine, model, batches, queries."""
+    params, corpus = planned.params, planned.sizes.corpus
+    told = [
+        FORM, platform.node(), device, planned.sizes.model.shape.num_parameters,
+        str(planned.sizes.model.folder), params.train.model_dump(mode="json"), params.layers,
+        params.runtime.model_dump(mode="json"), params.tokenize.model_dump(mode="json"),
+        params.query.rank, planned.methods, planned.sizes.num_queries,
+        params.stream.model_dump(mode="json"), params.filter.method, params.score.top,
+        round(corpus.length, -1),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""What the stages of a fit cost, from the corpus to corrected eigenvalues."""
+
+from influence import costs
+from tasks.layergroups import factor_bytes, spectrum_bytes
+from tasks.stagecosts import DOUBLE, EIGEN, ENCODED, KEPT, ROW, Planned, StageCost, training_cost
+
+FOOTER = 6_000  # bytes that a table takes beside its rows: its schema, and where columns begin
+DOCUMENTS = 512  # that a worker tokenises at once
+HEADER = 105  # bytes that a tensor's entry takes in a file of tensors
+
+
+def fit_costs(planned: Planned) -> list[StageCost]:
+    """Of train, tokenize, filter, factors, eigen and correct."""
+    return [
+        training_cost(planned),
+        tokenize_cost(planned),
+        filter_cost(planned),
+        factors_cost(planned),
+        eigen_cost(planned),
+        correct_cost(planned),
+    ]
+
+
+def tokenize_cost(planned: Planned) -> StageCost:
+    """All tokens are in memory when they are cut into sequences: int32 and a byte each."""
+    corpus = planned.sizes.corpus
+    tokens = 5.0 * corpus.num_tokens
+    rows = (ROW * corpus.num_sequences) + (3 * corpus.num_documents)
+    shards = planned.shards(corpus.num_documents)
+    a_document = corpus.num_tokens / max(1, corpus.num_documents)
+    encoded = min(DOCUMENTS, corpus.num_documents / shards) * a_document * ENCODED
+    held = KEPT * tokens + planned.at_once(shards) * encoded
+    held += 300.0 * (corpus.num_documents + corpus.num_sequences)  # and their names
+    return planned.cost(
+        "tokenize",
+        sequences=corpus.num_sequences,
+        tokens=corpus.num_tokens,
+        host=planned.sizes.base + held,
+        disk=tokens + DOUBLE * corpus.num_sequences + rows,
+        work=5.0 * corpus.num_tokens / 2,  # parquet packs tokens into about half
+        shards=shards,
+    )
+
+
+def filter_cost(planned: Planned) -> StageCost:
+    """A score and a rank of every query and sequence are in memory together."""
+    corpus, queries = planned.sizes.corpus, planned.sizes.num_queries
+    table = DOUBLE * queries * corpus.num_sequences
+    return planned.cost(
+        "filter",
+        sequences=corpus.num_sequences,
+        tokens=corpus.num_tokens,
+        host=planned.sizes.base + 5.0 * corpus.num_tokens + 4.0 * table,
+        disk=planned.num_candidates * (13 + 6.0 * queries) + 2 * FOOTER,
+        work=float(table),
+        shards=planned.shards(corpus.num_sequences),
+    )
+
+
+def factors_cost(planned: Planned) -> StageCost:
+    """Sums of a group of layers a worker; a shard leaves one half of each in float64."""
+    sequences = planned.fitted(planned.params.factors.sequences)
+    shards = planned.shards(sequences)
+    groups, held = planned.grouped(factor_bytes)
+    products = sequences * planned.length * costs.factor_flop(planned.layers)
+    packed = costs.num_packed(planned.layers)
+    largest = max(costs.sides(planned.layers))
+    return planned.cost(
+        "factors",
+        sequences=sequences * groups,
+        flop=planned.pass_flop(sequences * groups) + products,
+        **planned.memory(shards, held, once=DOUBLE * 1.5 * largest**2),
+        disk=packed * planned.at_rest
+        + 2 * HEADER * len(costs.sides(planned.layers))
+        + _told(planned),
+        work=shards * packed * DOUBLE,
+        shards=shards,
+        groups=groups,
+    )
+
+
+def _told(planned: Planned) -> int:
+    """Bytes of layers.json, which names all layers and what is left out."""
+    return 500 * len(planned.layers)
+
+
+def eigen_cost(planned: Planned) -> StageCost:
+    """Decomposed on the host, a factor a worker."""
+    sides = sorted(costs.sides(planned.layers), reverse=True)
+    shards = planned.shards(len(sides))
+    largest = sides[: planned.at_once(shards)]
+    kept = costs.num_covariances(planned.layers) * planned.at_rest
+    kept += sum(sides) * DOUBLE + 2 * HEADER * len(sides)
+    return planned.cost(
+        "eigen",
+        flop=sum(map(costs.eigen_flop, sides)),
+        host=planned.sizes.bare + EIGEN * sum(size**2 for size in largest),
+        disk=kept,
+        work=kept,
+        shards=shards,
+    )
+
+
+def correct_cost(planned: Planned) -> StageCost:
+    """Eigenvectors and sums of a group of layers a worker, and a batch's rotated gradients."""
+    sequences = planned.fitted(planned.params.correct.sequences)
+    shards = planned.shards(sequences)
+    groups, held = planned.grouped(spectrum_bytes)
+    rotated = sequences * costs.spectrum_flop(planned.layers, planned.length)
+    numbers = costs.num_weights(planned.layers)
+    names = 4 * HEADER * len(planned.layers)
+    return planned.cost(
+        "correct",
+        sequences=sequences * groups,
+        flop=planned.pass_flop(sequences * groups) + rotated,
+        **planned.memory(shards, held + 2 * gradients_of_batch(planned)),
+        disk=numbers * planned.at_rest + names,
+        work=shards * (numbers * DOUBLE + names),
+        shards=shards,
+        groups=groups,
+    )
+
+
+def gradients_of_batch(planned: Planned) -> float:
+    """Bytes of the gradients of a batch's sequences at the largest layer."""
+    sequences = max(1.0, planned.batch / planned.length)
+    largest = max(layer.d_in * layer.d_out for layer in planned.layers)
+    return sequences * largest * planned.itemsize

@@ -1,0 +1,217 @@
+"""What each stage of a run costs: work, memory and files, from sizes alone.
+
+Each figure follows the stage's code: what it holds at once, what it writes, and in which dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from influence import costs
+from influence.layers import Layer, layer_groups
+from tasks.budget import fitting_tokens
+from tasks.corpussize import CorpusSize
+from tasks.hardware import Hardware
+from tasks.layergroups import SHARE
+from tasks.modelsizes import ModelSizes
+from tasks.origin import Checkpoint, Scratch
+from tasks.params import RunParams, Tfidf
+from tasks.precision import DTYPES, dtype_at_rest
+
+DOUBLE = 8  # bytes of a number of the sums that shards leave
+EIGEN = 6 * DOUBLE  # bytes a number of a matrix that is decomposed: copies and LAPACK's workspace
+QUERIES_AT_ONCE = 32  # of stage query
+GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
+KEPT = 3  # copies of what is tokenised: parts, whole, and the windows cut from it
+ENCODED = 270  # bytes of a token while a tokenizer has it, with its place in the text
+# Bytes that parquet and HTML take on disk, measured: a row of scores, of a table of ranks, of the
+# corpus; a layer and token of a grid, a token beside it; a token of the page, and the page itself.
+SCORE, RANK, ROW, CELL, TOKEN, SHOWN, PAGE = 12, 22, 20, 4.3, 7, 24, 155_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """All that is large about a run but its params."""
+
+    model: ModelSizes
+    corpus: CorpusSize
+    num_queries: int
+    query_length: float
+    bare: int
+    """Bytes of a process that has imported what every stage needs."""
+    base: int
+    """And of one with a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """A stage's costs.
+
+    Attributes:
+        stage: its name.
+        tokens: that passes go through; of `tokenize` and `filter`, that are read.
+        sequences: in them.
+        flop: floating-point operations.
+        device: peak bytes where passes run; 0 for a stage without passes.
+        host: peak bytes of the stage's process.
+        disk: bytes of what it publishes.
+        work: bytes of partial results, gone when it is done.
+        shards: parts of its work.
+        groups: of layers; the stage passes over its sequences once a group.
+    """
+
+    stage: str
+    tokens: float = 0.0
+    sequences: float = 0.0
+    flop: float = 0.0
+    device: float = 0.0
+    host: float = 0.0
+    disk: float = 0.0
+    work: float = 0.0
+    shards: int = 1
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A run on a machine, ready to be asked about each of its stages."""
+
+    params: RunParams
+    sizes: Sizes
+    hardware: Hardware
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.sizes.model.shape.layers
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of a pass."""
+        return DTYPES[self.params.runtime.dtype].itemsize
+
+    @property
+    def at_rest(self) -> int:
+        """Bytes of a number of what is kept of curvature."""
+        return dtype_at_rest(self.params).itemsize
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model."""
+        return self.sizes.model.shape.num_parameters * self.itemsize
+
+    @property
+    def methods(self) -> int:
+        """EK-FAC, gradient dot product, and each further damping."""
+        return 2 + len(self.params.query.damping_grid)
+
+    @property
+    def length(self) -> float:
+        """Tokens of a sequence, on average."""
+        return self.sizes.corpus.length
+
+    @property
+    def batch(self) -> int:
+        """Tokens of a batch."""
+        runtime, longest = self.params.runtime, self.params.tokenize.context
+        if runtime.tokens_per_batch != "auto":
+            return max(longest, runtime.tokens_per_batch)
+        kind = "cpu" if self.hardware.device_memory is None else "cuda"
+        each = max(1, int(self.sizes.model.held * self.itemsize))
+        free = max(1, self.hardware.free - self.weights)
+        return fitting_tokens(kind, free, runtime.workers, each, longest)
+
+    @property
+    def pass_bytes(self) -> float:
+        """What one worker's batch holds."""
+        return self.batch * self.sizes.model.pass_bytes(self.itemsize)
+
+    @property
+    def layer_memory(self) -> int:
+        """Bytes that a worker keeps of layers."""
+        runtime = self.params.runtime
+        if runtime.layer_memory != "auto":
+            return int(runtime.layer_memory * 2**30)
+        return int(SHARE * max(1, self.hardware.free - self.weights) / runtime.workers)
+
+    @property
+    def num_candidates(self) -> int:
+        """Sequences that are streamed: by TF-IDF, as if each query chose by itself."""
+        total, settings = self.sizes.corpus.num_sequences, self.params.filter
+        if not isinstance(settings, Tfidf):
+            return total
+        missed = max(0.0, 1 - settings.top / max(1, total)) ** self.sizes.num_queries
+        return min(total, round(total * (1 - missed)) + settings.audit)
+
+    def fitted(self, wanted: int) -> int:
+        """Sequences of a fit, of which the corpus may have fewer."""
+        return min(wanted, self.sizes.corpus.num_sequences)
+
+    def shards(self, items: int) -> int:
+        """Parts that so many items are split into."""
+        return max(1, min(self.params.runtime.shards, items))
+
+    def at_once(self, shards: int) -> int:
+        """Shards at work together on this machine."""
+        return min(self.params.runtime.workers, shards)
+
+    def grouped(self, size: Callable[[Sequence[Layer]], int]) -> tuple[int, int]:
+        """How many groups of layers there are, and the bytes of the largest."""
+        groups = layer_groups(self.layers, size, self.layer_memory)
+        return len(groups), max(size(group) for group in groups)
+
+    def pass_flop(self, sequences: float) -> float:
+        """Of passes over so many sequences."""
+        return sequences * self.length * costs.pass_flop(self.sizes.model.shape, self.length)
+
+    def cost(self, stage: str, **figures: float) -> StageCost:
+        """Of a stage that passes over sequences, if `sequences` is given."""
+        sequences = figures.get("sequences", 0.0)
+        return StageCost(stage, **({"tokens": sequences * self.length} | figures))  # pyright: ignore
+
+    def memory(self, shards: int, each: float, once: float = 0.0) -> dict[str, float]:
+        """Peaks where passes run and on the host.
+
+        Args:
+            shards: of the stage.
+            each: bytes that a worker holds beside the model and its batch.
+            once: bytes on the host that all workers share.
+        """
+        workers = self.at_once(shards)
+        processes = 1 if self.params.runtime.runner == "threads" else workers
+        device = processes * self.weights + workers * (self.pass_bytes + each)
+        base = processes * self.sizes.base + once
+        if self.hardware.device_memory is None:
+            return {"device": device, "host": base + device}
+        return {"device": device, "host": base + processes * self.weights}  # loaded there first
+
+
+def stage_costs(planned: Planned) -> list[StageCost]:
+    """Of every stage, in their order."""
+    from tasks import fitcosts, scorecosts  # which import this module
+
+    return [*fitcosts.fit_costs(planned), *scorecosts.score_costs(planned)]
+
+
+def training_cost(planned: Planned) -> StageCost:
+    """Stage `train`: all of the model in float32, to check it or to train it."""
+    shape, train = planned.sizes.model.shape, planned.params.train
+    weights = 4.0 * shape.num_parameters
+    if isinstance(train, Checkpoint):
+        return planned.cost("train", host=planned.sizes.base + weights, disk=700)
+    told = train.scratch if isinstance(train, Scratch) else train.finetune
+    length = train.scratch.context if isinstance(train, Scratch) else planned.length
+    sequences = told.steps * told.batch
+    held = told.batch * length * planned.sizes.model.pass_bytes(4)
+    return planned.cost(
+        "train",
+        sequences=sequences,
+        tokens=sequences * length,
+        flop=sequences * length * costs.training_flop(shape, length),
+        host=planned.sizes.base + 4 * weights + held,  # weights, gradients, Adam's two moments
+        disk=weights + 35 * shape.vocabulary + 9000,  # and the tokenizer, losses, digests
+    )
+
+
+def ceil_shards(items: int, each: int) -> int:
+    """How many parts of at most `each` items."""
+    return max(1, ceil(items / each))
