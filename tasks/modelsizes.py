@@ -112,7 +112,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _untrained(architecture: Architecture, blocks: int | None) -> CausalLM:
-    from tasks.train import new_model  # the Trainer is slow to import
+    from tasks.scratch import new_model
 
     wanted = {} if blocks is None else {"layers": blocks}
     with torch.device("meta"):

@@ -94,7 +94,7 @@ def _model(params: RunParams, folder: Path | None, device: str) -> Any:
     dtype = DTYPES[params.runtime.dtype]
     if folder is not None:
         return load_model(folder, device, dtype)
-    from tasks.train import new_model  # the Trainer is slow to import
+    from tasks.scratch import new_model
 
     assert isinstance(params.train, Scratch)
     model: Any = new_model(params.train.scratch, params.train.scratch.vocabulary)
