@@ -43,7 +43,7 @@ from tasks.stagecosts import Planned
 ENOUGH = 0.4  # seconds of one kind of work, after which no further batch is taken
 BATCHES = 4  # of one kind at most: five kinds, so some 20 in all
 LARGEST = 768  # rows of a matrix that is decomposed to see how fast that goes
-SHARE = 0.25  # of the free memory that a probe may take
+SHARE = 0.5  # of the free memory that a probe may take
 LONGEST = 20.0  # seconds of one batch by the arithmetic, at `SLOW`, above which none is tried
 SLOW = 2e10  # FLOP a second of a slow core
 
