@@ -2,7 +2,7 @@
 
 from influence import costs
 from tasks.layergroups import factor_bytes, spectrum_bytes
-from tasks.stagecosts import DOUBLE, EIGEN, ENCODED, KEPT, ROW, Planned, StageCost, training_cost
+from tasks.stagecosts import DOUBLE, EIGEN, ENCODED, ROW, Planned, StageCost, training_cost
 
 FOOTER = 6_000  # bytes that a table takes beside its rows: its schema, and where columns begin
 DOCUMENTS = 512  # that a worker tokenises at once
@@ -22,14 +22,14 @@ def fit_costs(planned: Planned) -> list[StageCost]:
 
 
 def tokenize_cost(planned: Planned) -> StageCost:
-    """All tokens are in memory when they are cut into sequences: int32 and a byte each."""
+    """Tokens pass by, int32 and a byte each; the names of documents and sequences stay."""
     corpus = planned.sizes.corpus
     tokens = 5.0 * corpus.num_tokens
     rows = (ROW * corpus.num_sequences) + (3 * corpus.num_documents)
     shards = planned.shards(corpus.num_documents)
     a_document = corpus.num_tokens / max(1, corpus.num_documents)
     encoded = min(DOCUMENTS, corpus.num_documents / shards) * a_document * ENCODED
-    held = KEPT * tokens + planned.at_once(shards) * encoded
+    held = planned.at_once(shards) * encoded
     held += 300.0 * (corpus.num_documents + corpus.num_sequences)  # and their names
     return planned.cost(
         "tokenize",

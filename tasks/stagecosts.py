@@ -22,7 +22,6 @@ DOUBLE = 8  # bytes of a number of the sums that shards leave
 EIGEN = 6 * DOUBLE  # bytes a number of a matrix that is decomposed: copies and LAPACK's workspace
 QUERIES_AT_ONCE = 32  # of stage query
 GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
-KEPT = 3  # copies of what is tokenised: parts, whole, and the windows cut from it
 ENCODED = 270  # bytes of a token while a tokenizer has it, with its place in the text
 # Bytes that parquet and HTML take on disk, measured: a row of scores, of a table of ranks, of the
 # corpus; a layer and token of a grid, a token beside it; a token of the page, and the page itself.
