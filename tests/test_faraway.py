@@ -52,10 +52,11 @@ def parquet(stories: list[dict[str, str]]) -> bytes:
     ("name", "content"),
     [
         ("x.jsonl", lines(STORIES)),
-        ("x.jsonl.gz", gzip.compress(lines(STORIES))),
+        ("x.jsonl.gz", gzip.compress(lines(STORIES), mtime=0)),
         ("x.jsonl.zst", bytes(pa.compress(lines(STORIES), "zstd", asbytes=True))),
         ("x.parquet", parquet(STORIES)),
     ],
+    ids=["jsonl", "jsonl.gz", "jsonl.zst", "parquet"],
 )
 def test_documents_of_every_format_stream_from_a_url(bucket, name: str, content: bytes) -> None:
     bucket.pipe(f"/bucket/corpus/{name}", content)
