@@ -57,7 +57,7 @@ def test_repro_runs_what_is_there_to_run_and_changes_only_the_lock(first):
         assert f"{stage}@smoke: done" in first.said
     assert "up to date" in first.dvc
     assert first.git == ["?? dvc.lock"]
-    assert len(first.files) == 8
+    assert len(first.files) == 9
     assert len(first.logged) == 1
 
 

@@ -59,7 +59,7 @@ def test_the_peak_is_what_a_call_holds_at_once():
         del parts
         torch.ones(2**22)
 
-    assert clock.peak_mib(hold) == pytest.approx(128, abs=10)
+    assert clock.peak_mib(hold) == pytest.approx(128, abs=24)
 
 
 def test_the_unit_is_a_training_step_with_all_weight_gradients():
