@@ -42,6 +42,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "also host_memory, disk, host_gflops",
     )
     parser.add_argument("--anew", action="store_true", help="even if a plan is stored")
+    parser.add_argument(
+        "--no-probe", dest="probe", action="store_false",
+        help="time nothing: what was probed before, else no times",
+    )  # fmt: skip
 
 
 def run_plan(root: Path, given: argparse.Namespace) -> int:
@@ -49,7 +53,7 @@ def run_plan(root: Path, given: argparse.Namespace) -> int:
     if is_benchmark(root, given.run):
         raise ValueError(f"{given.run} is a benchmark; plan takes the name of a run")
     fit = fit_of(root, given.run)
-    plan = plan_run(root, given.run, fit, given.hardware, given.anew)
+    plan = plan_run(root, given.run, fit, given.hardware, given.anew, given.probe)
     for line in (*plan.told, *terminal(COLUMNS, plan_rows(plan))):
         say(line)
     measured = {} if given.hardware else measured_stages(root, given.run, fit)
@@ -90,7 +94,8 @@ def _planned(root: Path, run: str) -> Plan | None:
     key = plan_key(root, run, fit_of(root, run), load_params(root, run))
     if (stored := fitting_plan(root, run, key)) is not None:
         return stored
-    command = [sys.executable, "-m", "flows", "plan", run]
+    # A probe may take a minute, which a short run should not wait for.
+    command = [sys.executable, "-m", "flows", "plan", run, "--no-probe"]
     try:
         done = subprocess.run(
             command, cwd=root, env=environment.child_environment(), capture_output=True,

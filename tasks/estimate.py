@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from influence.costs import training_flop
 from tasks import store
@@ -19,7 +21,7 @@ from tasks.modelsizes import model_sizes
 from tasks.params import RunParams, load_params
 from tasks.plan import FORM, Plan, StagePlan
 from tasks.probe import probe_rates
-from tasks.querysets import check_queries
+from tasks.querylines import check_queries
 from tasks.rates import Rates, of_start, startup
 from tasks.remedies import refusal
 from tasks.runners import num_cores
@@ -33,7 +35,9 @@ BARE, BASE = 330_000_000, 480_000_000
 RATES = "rates.json"
 
 
-def estimated(root: Path, run: str, fit: str, key: str, hardware: str | None, anew: bool) -> Plan:
+def estimated(
+    root: Path, run: str, fit: str, key: str, hardware: str | None, anew: bool, probe: bool
+) -> Plan:
     """A plan made now; see `plan.plan_run`."""
     params = load_params(root, run)
     device = resolve_device(params.runtime.device)
@@ -51,7 +55,7 @@ def estimated(root: Path, run: str, fit: str, key: str, hardware: str | None, an
         told.append(f"time: by arithmetic, on {hardware}")
     else:
         planned = Planned(params, sizes, here)
-        rates, text, how = _rates(root, run, planned, device, tokenizer, anew)
+        rates, text, how = _rates(root, run, planned, device, tokenizer, anew, probe)
         if rates is not None:
             planned = Planned(params, replace(sizes, base=rates.base, bare=rates.bare), here)
         stages = stage_costs(planned)
@@ -63,7 +67,7 @@ def estimated(root: Path, run: str, fit: str, key: str, hardware: str | None, an
         told.append(how)
     lines = tuple(_stage_plan(planned, each, seconds.get(each.stage)) for each in stages)
     faults, blocked = refusal(planned, root, run, fit)
-    return Plan(run, key, tuple(told), lines, tuple(faults), tuple(blocked))
+    return Plan(run, key, tuple(told), lines, tuple(faults), tuple(blocked), probe)
 
 
 def _with_checks(cost: StageCost, rates: Rates) -> StageCost:
@@ -97,7 +101,7 @@ def run_sizes(root: Path, params: RunParams, fitted: Path) -> tuple[Sizes, "Toke
     except (ValueError, OSError):  # a model of which only the configuration is here
         tokenizer = None
     records = check_queries(root / params.query.path)
-    texts = [str(each.fields["prompt"]) + str(each.fields["completion"]) for each in records]
+    texts = [_words(each.fields) for each in records]
     contrasts = sum(each.fields.get("contrast") is not None for each in records)
     if tokenizer is None:
         lengths = [max(2, len(text) // CHARACTERS) for text in texts]
@@ -110,8 +114,20 @@ def run_sizes(root: Path, params: RunParams, fitted: Path) -> tuple[Sizes, "Toke
     return Sizes(model, corpus, len(texts), length, BARE, BASE), tokenizer
 
 
+def _words(query: Mapping[str, Any]) -> str:
+    """About the text of a query: of a conversation, what is said in it."""
+    said = "".join(str(each["content"]) for each in query.get("messages") or ())
+    return f"{said}{query.get('prompt') or ''}{query.get('completion') or ''}"
+
+
 def _rates(
-    root: Path, run: str, planned: Planned, device: str, tokenizer: "Tokenizer | None", anew: bool
+    root: Path,
+    run: str,
+    planned: Planned,
+    device: str,
+    tokenizer: "Tokenizer | None",
+    anew: bool,
+    probe: bool,
 ) -> tuple[Rates | None, TextRates | None, str]:
     """Timed now, or read back; None with the reason if nothing could be timed."""
 
@@ -119,6 +135,8 @@ def _rates(
     if not anew and file.is_file() and (stored := store.read_json(file)).get("key") == key:
         text = stored["text"] and TextRates(**stored["text"])
         return Rates(**stored["rates"]), text, stored["told"]
+    if not probe:
+        return None, None, f"time: not probed; `python -m flows plan {run}` does"
     corpus, text = Corpus.of(planned.params.corpus, root), None
     try:
         started = startup(planned.params, planned.sizes.model.folder)

@@ -17,7 +17,7 @@ from tasks.params import RunParams, load_params
 from tasks.workspace import ARTIFACTS
 
 PLAN = "plan.json"
-FORM = 1  # of that file; what is stored in another is made anew
+FORM = 2  # of that file; what is stored in another is made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Plan:
         stages: in their order.
         faults: why it cannot run, a sentence each, with the smallest change that would mend it.
         blocked: the stages that do not fit.
+        probed: a probe was tried, though perhaps in vain.
     """
 
     run: str
@@ -55,10 +56,16 @@ class Plan:
     stages: tuple[StagePlan, ...]
     faults: tuple[str, ...]
     blocked: tuple[str, ...]
+    probed: bool
 
 
 def plan_run(
-    root: Path, run: str, fit: str, hardware: str | None = None, anew: bool = False
+    root: Path,
+    run: str,
+    fit: str,
+    hardware: str | None = None,
+    anew: bool = False,
+    probe: bool = True,
 ) -> Plan:
     """The plan of a run, stored as plans/<run>/plan.json if it is for this machine.
 
@@ -68,17 +75,19 @@ def plan_run(
         fit: the run whose fit it uses.
         hardware: of a machine that is not at hand; None: this one.
         anew: even if a plan is stored.
+        probe: time a few batches where that was not done before; else times stay unknown.
 
     Raises:
         ValueError: a run that cannot be sized, or hardware that is not told as it should be.
     """
     params = load_params(root, run)
     key = plan_key(root, run, fit, params)
-    if hardware is None and not anew and (stored := fitting_plan(root, run, key)) is not None:
+    stored = fitting_plan(root, run, key) if hardware is None and not anew else None
+    if stored and (stored.probed or not probe):
         return stored
     from tasks.estimate import estimated  # torch, which a plan that is stored does not need
 
-    made = estimated(root, run, fit, key, hardware, anew)
+    made = estimated(root, run, fit, key, hardware, anew, probe)
     if hardware is None:
         content = {"form": FORM, **asdict(made)}
         store.write_json(plan_folder(root, run) / PLAN, content)

@@ -307,3 +307,33 @@ def test_a_measurement_is_read_as_it_was_written(tmp_path):
     file = measured.plan_folder(tmp_path, "fitted") / "factors.json"
     store.write_json(file, {"seconds": 1.5, "host": 2, "device": 3, "disk": 4, "whole": True})
     assert measured_stages(tmp_path, "run", "fitted") == {"factors": one}
+
+
+def test_without_a_probe_what_is_not_known_stays_open_and_is_probed_when_asked(
+    root, unprobed, monkeypatch
+):
+    rates = root / "plans/small/rates.json"
+    rates.unlink(missing_ok=True)
+    made = plan_run(root, "small", "small", anew=True, probe=False)
+    assert all(each.seconds is None for each in made.stages)
+    assert plan_run(root, "small", "small", probe=False) == made  # kept for the next pipeline
+
+    def probed(*_: object) -> dict[str, float]:
+        raise ValueError("a probe was tried")
+
+    monkeypatch.setattr(estimate, "startup", probed)
+    assert "a probe was tried" in " ".join(plan_run(root, "small", "small").told)
+
+
+def test_a_conversation_and_a_completion_to_come_are_sized(root, tmp_path):
+    queries = tmp_path / "queries.jsonl"
+    said = [{"role": "user", "content": "Who? " * 20}, {"role": "assistant", "content": "Lily."}]
+    lines = [
+        {"name": "told", "messages": said},
+        {"name": "to_come", "prompt": "A girl named", "generate": 4},
+    ]
+    queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = SECTIONS["query"] | {"path": str(queries)}
+    sizes, _ = run_sizes(root, RunParams.model_validate(SECTIONS | {"query": asked}), root / "a")
+    assert sizes.num_queries == 2
+    assert 15 < sizes.query_length < 60
