@@ -168,7 +168,7 @@ def test_an_interrupt_ends_the_pipeline_and_what_it_started(checkout):
         wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
         below = processes_below(process.pid)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     assert "run the same command to go on" in err
     assert not outlive(below, 5)
@@ -179,7 +179,7 @@ def test_an_interrupt_ends_a_stage_in_the_middle_of_a_shard(checkout):
     with checkout.flag(HOLD), checkout.started(*command) as process:
         wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=10)
     assert process.returncode == 130
     assert len(checkout.shards("train")) == 2
 

@@ -18,22 +18,9 @@ def root(tmp_path: Path) -> Path:
     ]
     store.write_json(folder / "query/queries.json", queries)
     row = {
-        **{
-            "query": "lily",
-            "sign": "+",
-            "rank": 1,
-            "row": 0,
-            "key": 1,
-            "sequence": "ts-0",
-            "group": 0,
-        },
-        **{
-            "group": 0,
-            "documents": ["ts-0"],
-            "metadata": "{}",
-            "influence": 0.25,
-            "influence_low_rank": 0.2,
-        },
+        **{"query": "lily", "sign": "+", "rank": 1, "row": 0, "key": 1, "sequence": "ts-0"},
+        **{"documents": ["ts-0"], "metadata": "{}", "influence": 0.25, "influence_low_rank": 0.2},
+        **{"group": 0},
         **{"layers": [0.25], "tokens": ["Lily", " ran."], "token_influence": [0.2, 0.05]},
         **{"layer_token_influence": [[0.2, 0.05]], "sparsity": 0.5},
     }
