@@ -1,7 +1,8 @@
 """Queries: ∇f with f = log p(completion | prompt), preconditioned once and truncated."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -106,13 +107,13 @@ def prepare_queries(
     lengths = [_num_tokens(query) for query in queries]
     for rows in batches_by_tokens(lengths, tokens_per_batch):
         asked = _Asked.of(model, layers, [queries[row] for row in rows], parameter.device)
-        for method, given in methods.items():
-            for name, io in asked.ios.items():
-                solved = _solved(
-                    given.solvers[name], given.damping, rank,
-                    lambda io=io, asked=asked: asked.by_query(io.gradient()),
-                    lambda basis, io=io, asked=asked: asked.by_query(basis.rotate_gradient(io)),
-                )  # fmt: skip
+        for name, io in asked.ios.items():
+            gradients = _Gradients(asked, io)
+            # Dampings share what solves them: it is read once, and the gradient rotated once.
+            shared = {id(given.solvers): given.solvers for given in methods.values()}
+            solvers = {key: by_layer[name] for key, by_layer in shared.items()}
+            for method, given in methods.items():
+                solved = _solved(solvers[id(given.solvers)], given.damping, rank, gradients)
                 into = prepared[method].setdefault(name, solved.zeros(len(queries)))
                 into.left[rows], into.right[rows] = solved.left, solved.right
     never = [layer for layer in layers if layer.name not in next(iter(prepared.values()))]
@@ -159,17 +160,34 @@ def _num_tokens(query: Query) -> int:
     return both + (len(query.prompt) + len(query.contrast) if query.contrast else 0)
 
 
+@dataclass
+class _Gradients:
+    """Those of a batch's queries at one layer, in either form, made once when first asked for."""
+
+    asked: _Asked
+    io: LayerIO
+    _rotated: dict[int, tuple[EigenBasis, Tensor]] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def plain(self) -> Float[Tensor, "q d_out d_in"]:
+        """∇f."""
+        return self.asked.by_query(self.io.gradient())
+
+    def rotated(self, basis: EigenBasis) -> Float[Tensor, "q d_out d_in"]:
+        """Q_Sᵀ ∇f Q_A."""
+        if id(basis) not in self._rotated:
+            found = self.asked.by_query(basis.rotate_gradient(self.io))
+            self._rotated[id(basis)] = basis, found  # which keeps the identity its own
+        return self._rotated[id(basis)][1]
+
+
 def _solved(
-    solver: LayerSolver,
-    damping: Damping,
-    rank: int | None,
-    gradient: Callable[[], Tensor],
-    rotated: Callable[[EigenBasis], Tensor],
+    solver: LayerSolver, damping: Damping, rank: int | None, gradients: _Gradients
 ) -> LowRank:
     """One layer's answer; which of the two forms of the gradient is needed, the solver decides."""
     if not isinstance(solver, EKFACBlock):
-        return LowRank.of(solver.solve(gradient(), damping), rank)
+        return LowRank.of(solver.solve(gradients.plain, damping), rank)
     # The truncated SVD commutes with a rotation: truncate in the eigenbasis and rotate only the
     # factors back.
-    low = LowRank.of(solver.solve_rotated(rotated(solver.basis), damping), rank)
+    low = LowRank.of(solver.solve_rotated(gradients.rotated(solver.basis), damping), rank)
     return low.mapped(solver.basis.unrotate_outputs, solver.basis.unrotate_inputs)

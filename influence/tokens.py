@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from influence.capture import LayerIO
 from influence.contraction import ByToken, meet
 from influence.layers import Layer
 from influence.lowrank import LowRank
@@ -22,9 +23,9 @@ from influence.sequences import TokenBatch
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
-    """Scores of a batch by all queries, and token grids for the pairs that were asked for."""
+    """Influence of a batch on all queries by layer, and token grids of the pairs asked for."""
 
-    scores: Float[Tensor, "q n"]
+    scores: Float[Tensor, "q n l"]
     grids: Mapping[tuple[int, int], Float[Tensor, "l t"]]
 
 
@@ -66,39 +67,56 @@ def token_grids(
 def rescore(
     model: nn.Module,
     layers: Sequence[Layer],
-    prepared: Mapping[str, LowRank],
+    solved: Mapping[str, Float[Tensor, "q d_out d_in"]],
     batch: TokenBatch,
     pairs: Sequence[tuple[int, int]],
     num_training_sequences: int,
 ) -> Rescored:
-    """Influence of every query and sequence, and a token grid for each (query, row) of `pairs`.
+    """Influence on every query of full rank, by layer, and a token grid of each of `pairs`.
 
     Tokens are contracted for the pairs alone: at full rank that is the dear part.
+
+    Args:
+        model: in evaluation mode.
+        layers: the attributed layers, or some of them: of others nothing is told.
+        solved: (G + λI)⁻¹∇f of each of these layers, a matrix a query.
+        batch: the sequences.
+        pairs: (query, row of the batch).
+        num_training_sequences: N.
     """
     ios = run_pass(model, layers, batch, training_loss)
-    raw = prepared[layers[0].name].left.new_zeros(
-        prepared[layers[0].name].num_queries, len(batch.ids)
-    )
+    raw: list[Tensor] = []
     grids: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in pairs}
     for layer in layers:
-        query, io = prepared[layer.name], ios.get(layer.name)
-        if io is not None:
-            raw = raw + meet(query.dense(), io.gradient())
+        V, io = solved[layer.name], ios.get(layer.name)
+        if io is None:  # an idle expert
+            raw.append(V.new_zeros(len(V), len(batch.ids)))
+        else:
+            raw.append(meet(V, io.gradient()))
         for q, n in pairs:
-            if io is None:  # an idle expert
-                cells = query.left.new_zeros(batch.tokens.shape[1])
+            if io is None:
+                cells = V.new_zeros(batch.tokens.shape[1])
             else:
-                one = ByToken.of(query.select([q]), layer.has_bias)
-                row = io.select(n)
-                cells = row.spread(one.tokens(row), batch.tokens.shape[1])[0, 0]
+                cells = _cells(V[q], io.select(n), batch.tokens.shape[1])
             grids[q, n].append(cells)
     return Rescored(
-        influence(raw, num_training_sequences),
+        influence(torch.stack(raw, dim=-1), num_training_sequences),
         {
             pair: influence(torch.stack(cells), num_training_sequences)
             for pair, cells in grids.items()
         },
     )
+
+
+def _cells(
+    V: Float[Tensor, "d_out d_in"], io: LayerIO, num_positions: int
+) -> Float[Tensor, " positions"]:
+    """ds_tᵀ V [a_t; 1] of one sequence, at each of its positions."""
+    outputs = io.a @ V[:, : io.a.shape[-1]].mT
+    if io.has_bias:
+        outputs = outputs + V[:, -1]
+    columns = (outputs * io.ds).sum(dim=-1)
+    return io.spread(columns.unsqueeze(0), num_positions)[0, 0]
 
 
 def sparsity(scores: Float[Tensor, " t"]) -> float:

@@ -34,9 +34,10 @@ def correct_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     eigen = context.artifact("eigen")
 
     def fitted(attributed: Attributed) -> Iterator[tuple[str, Tensor]]:
-        for layers, batches in passes_by_group(
-            context, reference, attributed, shard, spectrum_bytes
+        for layers, tick in passes_by_group(
+            context, reference, attributed.layers, shard, spectrum_bytes
         ):
+            batches = reference.batches(shard.items, tick)
             bases = read_bases(eigen, layers, reference.dtype, reference.device)
             yield from spectrum_tensors(fit_spectra(attributed.model, layers, bases, batches, seed))
 

@@ -46,7 +46,10 @@ def fit_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     seed = context.params.factors.seed
 
     def fitted(attributed: Attributed) -> Iterator[tuple[str, Tensor]]:
-        for layers, batches in passes_by_group(context, reference, attributed, shard, factor_bytes):
+        for layers, tick in passes_by_group(
+            context, reference, attributed.layers, shard, factor_bytes
+        ):
+            batches = reference.batches(shard.items, tick)
             yield from factor_tensors(fit_factors(attributed.model, layers, batches, seed))
 
     with reference.passes() as attributed:

@@ -1,6 +1,7 @@
 """Split-half agreement: scores from curvature fitted on two disjoint halves of the data."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from influence.streaming import stream
 from influence.validation.estimators import fit_curvature
 from tasks import store
 from tasks.attributed import PassReference
-from tasks.prepared import damping_of, described_query
+from tasks.layergroups import groups_of_layers, half_bytes
+from tasks.prepared import damping_of, read_queries
 from tasks.sequences import TokenStore, choose_rows
 from tasks.shards import ShardRef, map_shards, split
 from tasks.workspace import StageContext
@@ -63,34 +65,38 @@ def split_half(context: StageContext) -> Halves:
 
 
 def half_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
-    """Fit everything on one half, and score the sample with it."""
+    """Fit everything on one half, a group of layers at a time, and score the sample with it."""
     [half] = shard.items
-    settings = context.params.validate_
-    reference = PassReference.of(context)
+    settings, rank = context.params.validate_, context.params.query.rank
+    reference, queries = PassReference.of(context), read_queries(context)
     attributed = reference.attributed()
     tokens = TokenStore.open(context.artifact("tokenize"))
     # Every other of the sorted rows: disjoint, and alike in where they come from.
     rows = tokens.fit_rows(2 * settings.split_half, settings.seed)[half::2]
-    fitted = fit_curvature(
-        attributed.model, attributed.layers, list(reference.batches(rows)), settings.seed + half
-    )
-    queries = [
-        described_query(query)
-        for query in store.read_json(context.artifact("query") / "queries.json")
-    ]
-    prepared = prepare_queries(
-        attributed.model,
-        attributed.layers,
-        queries,
-        {"ekfac": Method(fitted.solvers, damping_of(context.params))},
-        context.params.query.rank,
-        reference.tokens_per_batch,
-    )["ekfac"]
     candidates = store.read_table(context.artifact("filter") / "candidates.parquet", ["row"])
     sample = choose_rows(candidates["row"].to_pylist(), settings.sample, settings.seed)
-    batches = reference.batches(sample)
-    raw = [part for _, part in stream(attributed.model, attributed.layers, prepared, batches)]
-    # Both halves meet the sample in the same order, so it need not be put back into rows.
-    scores = influence(torch.cat(raw, dim=1).double().cpu(), tokens.num_sequences)
+    size = partial(
+        half_bytes, num_queries=len(queries), rank=rank, itemsize=reference.dtype.itemsize
+    )
+    by_layer: dict[str, Tensor] = {}
+    for layers in groups_of_layers(context, reference, attributed.layers, size):
+        fitted = fit_curvature(
+            attributed.model, layers, list(reference.batches(rows)), settings.seed + half
+        )
+        prepared = prepare_queries(
+            attributed.model,
+            layers,
+            queries,
+            {"ekfac": Method(fitted.solvers, damping_of(context.params))},
+            rank,
+            reference.tokens_per_batch,
+        )["ekfac"]
+        del fitted
+        batches = reference.batches(sample)
+        raw = [part for _, part in stream(attributed.model, layers, prepared, batches)]
+        # Both halves meet the sample in the same order, so it need not be put back into rows.
+        scores = influence(torch.cat(raw, dim=1).double().cpu(), tokens.num_sequences)
+        by_layer |= {layer.name: scores[..., at] for at, layer in enumerate(layers)}
     names = [layer.name for layer in attributed.layers]
+    scores = torch.stack([by_layer[name] for name in names], dim=-1)
     store.write_tensors(path, {"scores": scores}, {"layers": names})

@@ -7,15 +7,15 @@ as many whole passes. The numbers do not depend on the groups: no layer looks at
 from collections.abc import Callable, Iterator, Sequence
 
 from influence.layers import Layer, layer_groups
-from influence.sequences import TokenBatch
-from tasks.attributed import Attributed, PassReference
+from tasks.attributed import PassReference
 from tasks.budget import free_bytes
 from tasks.params import Runtime
 from tasks.shards import ShardRef
 from tasks.workspace import StageContext
 
 SUM = 12  # bytes of a number that is summed: float32 as it grows, float64 in the end
-BASIS = 4  # bytes of a number of an eigenvector
+BASIS = 4  # bytes of a number of an eigenvector, as passes read it
+EIGEN = 8  # and as it is found
 SHARE = 0.25  # of the memory that is free; the passes themselves want some too
 
 
@@ -32,6 +32,24 @@ def spectrum_bytes(layers: Sequence[Layer]) -> int:
     return SUM * numbers + BASIS * factor_bytes(layers) // SUM
 
 
+def solved_bytes(layers: Sequence[Layer], num_queries: int, itemsize: int) -> int:
+    """Of queries at full rank: dense, and while they are solved as two factors."""
+    numbers = sum(layer.d_in * layer.d_out for layer in layers)
+    return num_queries * itemsize * (numbers + _low_rank_numbers(layers, None))
+
+
+def half_bytes(layers: Sequence[Layer], num_queries: int, rank: int | None, itemsize: int) -> int:
+    """Of a fit from the sums to the queries, all of which `validate` holds of half of the data."""
+    eigenvectors = EIGEN * factor_bytes(layers) // SUM
+    prepared = num_queries * itemsize * _low_rank_numbers(layers, rank)
+    return factor_bytes(layers) + eigenvectors + spectrum_bytes(layers) + 2 * prepared
+
+
+def _low_rank_numbers(layers: Sequence[Layer], rank: int | None) -> int:
+    full = [(layer.d_in + layer.d_out, min(layer.d_in, layer.d_out)) for layer in layers]
+    return sum(widths * (most if rank is None else min(rank, most)) for widths, most in full)
+
+
 def layer_memory(runtime: Runtime, device: str) -> int:
     """Bytes for what is kept of layers, by `runtime.layer_memory`: of one worker."""
     if runtime.layer_memory != "auto":
@@ -39,16 +57,25 @@ def layer_memory(runtime: Runtime, device: str) -> int:
     return int(SHARE * free_bytes(device) / runtime.workers)
 
 
+def groups_of_layers(
+    context: StageContext,
+    reference: PassReference,
+    layers: Sequence[Layer],
+    size: Callable[[Sequence[Layer]], int],
+) -> list[tuple[Layer, ...]]:
+    """As many layers at a time as one worker's memory holds, by what `size` says they want."""
+    return layer_groups(layers, size, layer_memory(context.params.runtime, reference.device))
+
+
 def passes_by_group(
     context: StageContext,
     reference: PassReference,
-    attributed: Attributed,
+    layers: Sequence[Layer],
     shard: ShardRef,
     size: Callable[[Sequence[Layer]], int],
-) -> Iterator[tuple[tuple[Layer, ...], Iterator[TokenBatch]]]:
-    """Each group of layers with the shard's batches, which are gone through once a group."""
-    memory = layer_memory(context.params.runtime, reference.device)
-    groups = layer_groups(attributed.layers, size, memory)
+) -> Iterator[tuple[tuple[Layer, ...], Callable[[int], None]]]:
+    """Each group of layers, with the `tick` for a pass of its own over the shard's sequences."""
+    groups = groups_of_layers(context, reference, layers, size)
     passed = 0
 
     def tick(num_sequences: int) -> None:
@@ -57,4 +84,4 @@ def passes_by_group(
         passed += num_sequences
 
     for group in groups:
-        yield group, reference.batches(shard.items, tick)
+        yield group, tick

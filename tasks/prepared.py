@@ -16,7 +16,7 @@ from influence.lowrank import LowRank
 from influence.queries import Method, Query
 from influence.solver import GradientDot, Unreached
 from tasks import store
-from tasks.attributed import PassReference
+from tasks.attributed import Attributed, PassReference
 from tasks.damping import damping_rule
 from tasks.eigens import read_bases
 from tasks.layergroups import layer_memory
@@ -50,15 +50,21 @@ def described_query(described: Mapping[str, Any]) -> Query:
     return Query(described["name"], *parts)
 
 
+def read_queries(context: StageContext) -> list[Query]:
+    """All queries of a run, as stage `query` wrote them."""
+    described = store.read_json(context.artifact("query") / "queries.json")
+    return [described_query(query) for query in described]
+
+
 def prepare_queries(
     context: StageContext,
     reference: PassReference,
+    attributed: Attributed,
     queries: Sequence[Query],
     rank: int | None,
     methods: Sequence[str],
 ) -> dict[str, dict[str, LowRank]]:
     """Gradients of all queries, solved by each method and truncated to `rank`."""
-    attributed = reference.attributed()
     solvers = run_solvers(context, reference, attributed.layers)
     dampings = {EKFAC: damping_of(context.params), **damping_grid(context.params)}
     dots = {layer.name: GradientDot() for layer in attributed.layers}

@@ -134,7 +134,7 @@ class _Worker:
     layers: tuple[Layer, ...]
     batch: TokenBatch
     queries: Mapping[str, LowRank]
-    full: Mapping[str, LowRank]
+    full: Mapping[str, torch.Tensor]
     solvers: Mapping[str, EKFACBlock]
     asked: tuple[Query, ...]
     pairs: tuple[tuple[int, int], ...]
@@ -165,7 +165,7 @@ class _Worker:
         return cls(
             own, layers, batch,
             _random(layers, num * planned.methods, params.query.rank, like),
-            _random(layers, num, None, like), _solvers(layers, like),
+            _dense(layers, num, like), _solvers(layers, like),
             (Query("", row[:-1], row[-1:]),) * min(num, 8),
             tuple((at % num, at // num % count) for at in range(a_batch)), params,
             cores_of_shard(params.runtime), device,
@@ -226,6 +226,10 @@ class _Worker:
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
+
+
+def _dense(layers: Sequence[Layer], queries: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {layer.name: torch.rand(queries, layer.d_out, layer.d_in).to(like) for layer in layers}
 
 
 def _random(

@@ -55,7 +55,9 @@ def prepare_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
     texts = queries_of(context, reference.model)
     chosen = [as_query(texts[item]) for item in shard.items]
     rank, methods = context.params.query.rank, methods_of(context.params)
-    write_prepared(path, prepare_queries(context, reference, chosen, rank, methods))
+    write_prepared(
+        path, prepare_queries(context, reference, reference.attributed(), chosen, rank, methods)
+    )
 
 
 def as_query(text: QueryText) -> Query:

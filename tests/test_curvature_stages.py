@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,15 @@ import torch
 from torch import nn
 
 from influence.layers import Layer
+from influence.tokens import Rescored
 from tasks import correct, eigen, factors, filter, query, score, store, stream, tokenize, train
 from tasks.attributed import PassReference
 from tasks.baselines import SCHEMA
 from tasks.eigens import read_eigen
+from tasks.fullrank import Told
+from tasks.halves import split_half
 from tasks.kronecker import read_factors
+from tasks.layergroups import groups_of_layers, solved_bytes
 from tasks.prepared import StoredSolvers
 from tasks.spectra import read_spectra
 from tests import oracles
@@ -229,6 +234,50 @@ def test_runtime_changes_no_score_beyond_rounding(single, tmp_path, runtime):
     for key, value in first.items():
         # ≤ 1e-6 of the largest: a wrong weight of one shard would show at 1e-2
         assert second[key] == pytest.approx(value, rel=1e-5, abs=1e-6 * largest)
+
+
+def test_layers_in_groups_leave_the_top_and_the_halves_as_they_are(single, tmp_path):
+    """Also where layers that share an input, and so a group, are not neighbours in the model."""
+    small = {"runtime": SECTIONS["runtime"] | {"layer_memory": 1e-4}}
+    context = stage_context(single.parent.parent, "score")
+    attributed = PassReference.of(context).attributed()
+    assert len(layers_together(small, single)) > len(layers_together({}, single)) == 1
+    assert len(layers_together(small, single)) < len(attributed.layers)
+    other = make(tmp_path, **small)
+    wanted = store.read_table(single / "score/top.parquet").to_pylist()
+    got = store.read_table(other / "score/top.parquet").to_pylist()
+    assert [(r["query"], r["row"]) for r in got] == [(r["query"], r["row"]) for r in wanted]
+    for one, two in zip(got, wanted, strict=True):
+        assert one["influence"] == pytest.approx(two["influence"], rel=1e-5)
+        cells, others = (torch.tensor(r["layer_token_influence"]) for r in (one, two))
+        torch.testing.assert_close(cells, others, rtol=1e-4, atol=1e-6 * float(others.abs().max()))
+    halves = [
+        split_half(stage_context(folder.parent.parent, "validate", **sections))
+        for folder, sections in ((single, {}), (other, small))
+    ]
+    assert halves[0].layers == halves[1].layers
+    for part in ("first", "second"):
+        torch.testing.assert_close(*(getattr(each, part) for each in halves), rtol=1e-4, atol=1e-8)
+
+
+def layers_together(sections, folder: Path) -> list[tuple[Layer, ...]]:
+    """The groups of a rescore of two queries."""
+    context = stage_context(folder.parent.parent, "score", **sections)
+    reference = PassReference.of(context)
+    size = partial(solved_bytes, num_queries=2, itemsize=4)
+    return groups_of_layers(context, reference, reference.attributed().layers, size)
+
+
+def test_groups_of_layers_are_put_side_by_side_in_the_order_of_the_model():
+    told = Told()
+    for at, names in enumerate((["q", "fc"], ["o"])):  # q and fc share an input
+        grid = torch.tensor([[10.0 * at + n] * 3 for n in range(len(names))])
+        scores = torch.stack([grid[:, 0]] * 2).unsqueeze(1)
+        told.add([7], Rescored(scores, {(1, 0): grid}))
+        told.layers.extend(names)
+    found = told.tensors(["q", "o", "fc"], {7: 2})
+    assert found["7/scores"].tolist() == [11.0, 11.0]
+    assert found["7/1"].tolist() == [[0.0, 0.0], [10.0, 10.0], [1.0, 1.0]]
 
 
 def test_the_same_run_twice_gives_the_same_bytes(single, tmp_path):

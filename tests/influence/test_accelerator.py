@@ -64,7 +64,8 @@ def phases(case: str, device: str) -> dict[str, torch.Tensor]:
                 found[f"self {each.ids.tolist()}, {key}"] = each.self_influence
                 found |= {f"grid {at}, {key}": grid for at, grid in each.grids.items()}
         found[f"tokens, rank {rank}"] = token_grids(model, layers, prepared, batches[0], 4)
-        again = rescore(model, layers, prepared, batches[0], [(0, 1)], 4)
+        dense = {name: query.dense() for name, query in prepared.items()}
+        again = rescore(model, layers, dense, batches[0], [(0, 1)], 4)
         found |= {f"rescored, rank {rank}": again.scores, f"again {rank}": again.grids[0, 1]}
     return {name: tensor.cpu() for name, tensor in found.items()}
 

@@ -256,7 +256,7 @@ def test_token_scores_sum_to_the_score_and_stand_at_their_positions(kind, rank, 
                 wanted = 0.0 if a is None else (ds @ V @ a).item() / N  # f = −L: the signs cancel
                 assert grids[q, n, at, t].item() == pytest.approx(wanted, rel=1e-8, abs=1e-10)
     pairs = list(itertools.product(range(2), range(4)))
-    again = rescore(model, layers, prepared, batch, pairs, N).grids
+    again = rescore(model, layers, dense, batch, pairs, N).grids
     for forms in (False, True):  # either way to meet the queries
         monkeypatch.setattr("influence.contraction.forms_gradients", lambda *_, f=forms: f)
         [told] = stream_all(model, layers, prepared, [batch], top=4)

@@ -11,6 +11,7 @@ from influence.lowrank import LowRank
 from influence.objectives import forward, log_probability
 from influence.queries import Method, Query, measured, prepare_queries, query_batch
 from influence.solver import GradientDot
+from influence.validation.estimators import fit_curvature
 from tests import oracles
 from tests.influence import models
 from tests.influence.preparing import prepare, query_gradients
@@ -215,3 +216,27 @@ def test_what_a_batch_measures_adds_up_to_f_of_each_query():
             other = query_batch([Query(query.name, query.prompt, query.contrast)])
             wanted = wanted - log_probability(forward(model, other), other)[0]
         torch.testing.assert_close(found, wanted)
+
+
+def test_a_grid_of_dampings_rotates_each_gradient_once(monkeypatch):
+    model = models.gpt2()
+    layers = models.attributed(model)
+    fitted = fit_curvature(model, layers, [models.batch(models.corpus())], 0)
+    rotated = []
+
+    def counted(basis, io, rotate=EigenBasis.rotate_gradient):
+        rotated.append(basis)
+        return rotate(basis, io)
+
+    monkeypatch.setattr(EigenBasis, "rotate_gradient", counted)
+    queries = [Query("q", (1, 2, 3), (4, 5))]
+    ratios = (0.01, 0.1, 1.0)
+
+    methods = {f"{ratio}": Method(fitted.solvers, RelativeDamping(ratio)) for ratio in ratios}
+    together = prepare_queries(model, layers, queries, methods, 2, 100)
+    assert len(rotated) == len(layers)
+    for ratio in ratios:
+        alone = {"one": Method(fitted.solvers, RelativeDamping(ratio))}
+        [wanted] = prepare_queries(model, layers, queries, alone, 2, 100).values()
+        for name, query in wanted.items():
+            assert torch.equal(together[f"{ratio}"][name].dense(), query.dense())

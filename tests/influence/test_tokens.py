@@ -50,9 +50,10 @@ def test_rescoring_gives_every_score_and_a_grid_for_the_pairs_asked_for():
     layers = models.attributed(model)
     prepared = some_queries(layers, None)
     pairs = [(1, 0), (0, 3), (1, 3)]
-    rescored = rescore(model, layers, prepared, batch, pairs, N)
+    dense = {name: query.dense() for name, query in prepared.items()}
+    rescored = rescore(model, layers, dense, batch, pairs, N)
     grids = token_grids(model, layers, prepared, batch, N)
-    torch.testing.assert_close(rescored.scores, grids.sum((2, 3)))
+    torch.testing.assert_close(rescored.scores, grids.sum(3))
     assert set(rescored.grids) == set(pairs)
     for (q, n), grid in rescored.grids.items():
         length = grid.shape[1]  # of the row or of the batch: the rest is padding
