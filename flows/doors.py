@@ -27,12 +27,12 @@ from tasks.workspace import FIT_STAGES, find_root
 
 QUERY_SETS = Path("data/queries")
 
-RunName = Annotated[str, Field(title="Run", description="params/<run>.yaml")]
+RunName = Annotated[str, Field(title="Run", description="params/RUN.yaml")]
 NewRun = Annotated[
     str | None,
     Field(
         title="Name of a new run",
-        description="Makes params/<name>.yaml from the run above with these changes; both stay "
+        description="Makes params/NAME.yaml from the run above with these changes; both stay "
         "and share the fit where they can. Empty: the run itself is changed",
         pattern=r"^[a-z0-9][a-z0-9_-]*$",
     ),
@@ -79,7 +79,7 @@ def queries(
         str,
         Field(
             title="Name",
-            description="of the run that keeps the answers: params/<name>.yaml, artifacts/<name>",
+            description="of the run that keeps the answers: params/NAME.yaml, artifacts/NAME",
             pattern=r"^[a-z0-9][a-z0-9_-]*$",
         ),
     ],
@@ -93,7 +93,7 @@ def queries(
     ] = None,
     typed: Annotated[
         list[TypedQuery] | None,
-        Field(title="Queries", description="or type them here; kept as data/queries/<name>.jsonl"),
+        Field(title="Queries", description="or type them here; kept as data/queries/NAME.jsonl"),
     ] = None,
     changes: Annotated[Adjustments, Field(title="Changes")] = Adjustments(),  # noqa: B008
 ) -> Any:
@@ -112,12 +112,12 @@ def queries(
 
 @flow(name="benchmark", flow_run_name="{run}", persist_result=False)
 def benchmark(
-    run: Annotated[str, Field(title="Benchmark", description="params/benchmarks/<name>.yaml")],
+    run: Annotated[str, Field(title="Benchmark", description="params/benchmarks/NAME.yaml")],
 ) -> Any:
     """How well each estimator agrees with the true response of a model that is small enough to ask.
 
     Trains it, takes the true response of its outputs to each training example, holds the
-    estimators against it, and writes docs/results/<name>.json and figures; logged to MLflow.
+    estimators against it, and writes docs/results/NAME.json and figures; logged to MLflow.
     """
     return work(lambda _root: run, "validate")
 

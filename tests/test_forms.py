@@ -158,6 +158,21 @@ def test_the_form_has_titles_help_bounds_and_the_runs(schema):
     assert "description" in changes["rank"]
 
 
+@pytest.mark.parametrize("door", ["pipeline", "validate", "queries", "benchmark"])
+def test_no_help_has_an_angle_bracket_which_the_page_would_take_for_a_tag(door):
+    from flows import deploy
+
+    made = deploy.form_schema(getattr(deploy.doors, door), ["smoke"])
+    told = [
+        field["description"]
+        for fields in (made, *made.get("definitions", {}).values())
+        for field in fields["properties"].values()
+        if "description" in field
+    ]
+    assert told
+    assert not [text for text in told if "<" in text]
+
+
 def test_an_empty_field_is_empty_and_not_a_choice_of_types(schema):
     for fields in (schema, *schema["definitions"].values()):
         for field in fields["properties"].values():
