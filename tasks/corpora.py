@@ -5,14 +5,14 @@ Every fault of the input names the file, the line, what was found and what was w
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tasks import material
 from tasks.faraway import is_far
-from tasks.records import Record, unread
+from tasks.records import DataFile, Record, data_files, unread
 
 ASSISTANT = "assistant"
 
@@ -67,46 +67,56 @@ class Document:
     messages: tuple[dict[str, Any], ...] = ()
 
 
-def documents(corpus: Corpus, start: int = 0, stop: int | None = None) -> Iterator[Document]:
-    """The documents from `start` up to `stop`, counted over the whole corpus.
+def documents(corpus: Corpus, files: Iterable[DataFile] | None = None) -> Iterator[Document]:
+    """The documents of a corpus, up to its limit, as they are read.
 
-    Records outside the range are passed over without being parsed. Duplicate ids are found by
-    `survey`, which sees every record.
+    Args:
+        corpus: what is read, and how.
+        files: some of the corpus's, of a corpus without a limit; None: all.
 
     Raises:
         ValueError: a record that is no document (file, line, what it lacks), or an unreadable path.
     """
-    if corpus.limit is not None:
-        stop = corpus.limit if stop is None else min(stop, corpus.limit)
-    for each in itertools.islice(unread(corpus.path, corpus.separator), start, stop):
+    files = data_files(corpus.path) if files is None else files
+    for each in itertools.islice(unread(files, corpus.separator), corpus.limit):
         yield _document(each.read(), corpus)
 
 
-def survey(corpus: Corpus) -> int:
-    """Read every document once, so that a bad line stops the run before any long work.
-
-    Returns:
-        The number of documents.
+def read_all(corpus: Corpus) -> list[Document]:
+    """Every document, in memory.
 
     Raises:
-        ValueError: as `documents`; also two documents with one id, and an empty corpus.
+        ValueError: as `documents` and `check_ids`.
+    """
+    read = list(documents(corpus))
+    check_ids(corpus, ((document.id, document.place) for document in read))
+    return read
+
+
+def check_ids(corpus: Corpus, named: Iterable[tuple[str, str]]) -> None:
+    """Whether there are documents, and every one has an id of its own.
+
+    Args:
+        corpus: that they are of.
+        named: id and place of each.
+
+    Raises:
+        ValueError: naming both places, or the corpus, if it is empty.
     """
     seen: dict[str, str] = {}
-    for document in documents(corpus):
-        if document.id in seen:
+    for name, place in named:
+        if name in seen:
             raise ValueError(
-                f"{document.place}: document id {document.id!r} was already used at "
-                f"{seen[document.id]}; ids must be unique "
-                "(or set corpus.id to null to name documents by file and line)"
+                f"{place}: document id {name!r} was already used at {seen[name]}; ids must be "
+                "unique (or set corpus.id to null to name documents by file and line)"
             )
-        seen[document.id] = document.place
+        seen[name] = place
     if not seen:
         example = ", ".join(f"{json.dumps(key)}: ..." for key in corpus.keys.values())
         raise ValueError(
             f"corpus.path: {corpus.path} holds no documents; at least one line with a JSON object "
             f"such as {{{example}}} is wanted"
         )
-    return len(seen)
 
 
 def _document(record: Record, corpus: Corpus) -> Document:
@@ -122,7 +132,10 @@ def _document(record: Record, corpus: Corpus) -> Document:
     name = record.place if corpus.id is None else _id(record, fields, corpus.id)
     prompt = len(texts[0]) if "prompt" in found else 0
     if prompt and not texts[1]:
-        raise ValueError(f"{record.place}: the completion is empty; nothing would be predicted")
+        raise ValueError(
+            f"{record.place}: the completion is empty, so that nothing would be predicted; leave "
+            "the line out"
+        )
     messages = ()
     if "messages" in found:
         messages = _conversation(record, corpus.keys["messages"], found["messages"])

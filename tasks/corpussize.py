@@ -78,7 +78,7 @@ def corpus_size(
 def sampled_size(params: RunParams, root: Path, tokenizer: "Tokenizer | None") -> CorpusSize:
     """From the first documents, and a count of all."""
     corpus = Corpus.of(params.corpus, root)
-    sample = list(documents(corpus, 0, SAMPLE))
+    sample = list(itertools.islice(documents(corpus), SAMPLE))
     if not sample:
         raise ValueError(f"corpus.path: {corpus.path} holds no documents")
     number, how = count_documents(corpus)
@@ -122,17 +122,17 @@ def _characters(document: Document) -> int:
 
 def count_documents(corpus: Corpus) -> tuple[int, str]:
     """How many documents there are, and how that is known: counted, or told from the bytes."""
-    found = unread(corpus.path, corpus.separator)
+    files = data_files(corpus.path)
+    found = unread(files, corpus.separator)
     begun, content, counted = time.monotonic(), list[bytes](), 0
     for counted, each in enumerate(itertools.islice(found, corpus.limit), start=1):
         if len(content) < SAMPLE:
             content.append(each.content if isinstance(each.content, bytes) else _bytes(each.read()))
         if counted % SAMPLE == 0 and time.monotonic() - begun > COUNTING:
-            files = data_files(corpus.path)
-            packed = any(file.suffix not in (".jsonl", ".txt") for file in files)
+            packed = any(each.file.suffix not in (".jsonl", ".txt") for each in files)
             text = b"".join(content)
             share = len(zlib.compress(text)) / len(text) if packed else 1.0
-            size = sum(_size(file) for file in files)
+            size = sum(_size(each.file) for each in files)
             number = max(counted, round(size * len(content) / (share * len(text))))
             return min(number, corpus.limit or number), "their number from the files' sizes"
     return counted, "their number counted"

@@ -6,8 +6,10 @@ one, and a stage that reads the corpus refuses it where the two disagree.
 """
 
 import hashlib
+import io
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -15,6 +17,7 @@ from typing import Any, BinaryIO, cast
 from tasks import store
 
 RECORDS = Path("data/far")
+BLOCK = 8 << 20  # bytes that a stream asks for at once
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.+)")
 _DATASET = re.compile(r"datasets/[\w.-]+/[\w.-]+@[0-9a-f]{40}(/.*)?")
@@ -32,9 +35,14 @@ class FarFile:
     checksum: str
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """A stream of its bytes."""
+        """Its bytes, of which those are fetched that are read, when they are."""
         system, path = _system(self.url)
-        return cast("BinaryIO", system.open(path, mode))
+        # What fsspec keeps of the bytes before and after, it may fetch twice.
+        return cast("BinaryIO", system.open(path, mode, cache_type="none"))
+
+    def stream(self) -> BinaryIO:
+        """Its bytes from start to end, `BLOCK` of them at once."""
+        return io.BufferedReader(self.open(), BLOCK)  # pyright: ignore[reportArgumentType]
 
     @property
     def suffix(self) -> str:
@@ -86,11 +94,16 @@ def far_files(url: str) -> list[tuple[str, FarFile]]:
     """
     system, path = _system(url)
     try:
-        found = system.find(path, detail=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url}: cannot be reached ({type(error).__name__}: {error})") from error
+        found = _told(system, path)
+    except Exception as error:  # whatever the library of a cloud or of HTTP raises
+        raise ValueError(
+            f"{url}: cannot be reached ({type(error).__name__}: {error}); correct the URL, or the "
+            "environment that its file system takes credentials from"
+        ) from error
     if not found:
-        raise ValueError(f"{url}: no such file or folder")
+        raise ValueError(
+            f"{url}: no such file or folder, or it cannot be reached; correct corpus.path"
+        )
     whole = url.rstrip("/")
     listed = []
     for name, info in sorted(found.items()):
@@ -159,6 +172,22 @@ def _system(url: str) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{url}: {error}; a path or a URL of fsspec is wanted") from error
+
+
+def _told(system: Any, path: str) -> dict[str, dict[str, Any]]:
+    """What the file system says of each file at a path, by its name."""
+    if PurePosixPath(path).suffix:  # looked for links in, it would be fetched over HTTP
+        with suppress(Exception):
+            info = system.info(path)
+            if info["type"] == "file":
+                return {path: info}
+    found = system.find(path, detail=True)
+    # Over HTTP a listing is a page of links: some sort the page, and none tells a size.
+    return {
+        name: info if info.get("size") is not None else system.info(name)
+        for name, info in found.items()
+        if "?" not in name
+    }
 
 
 def _checksum(info: dict[str, Any]) -> str:

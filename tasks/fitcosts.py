@@ -5,6 +5,7 @@ from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.stagecosts import DOUBLE, EIGEN, ENCODED, ROW, Planned, StageCost, training_cost
 
 FOOTER = 6_000  # bytes that a table takes beside its rows: its schema, and where columns begin
+TEXT = 2.0  # bytes of a token's text, compressed, until it is tokenised
 DOCUMENTS = 512  # that a worker tokenises at once
 HEADER = 105  # bytes that a tensor's entry takes in a file of tensors
 
@@ -22,7 +23,7 @@ def fit_costs(planned: Planned) -> list[StageCost]:
 
 
 def tokenize_cost(planned: Planned) -> StageCost:
-    """Tokens pass by, int32 and a byte each; the names of documents and sequences stay."""
+    """Text and tokens (int32 and a byte each) pass by; names of documents and sequences stay."""
     corpus = planned.sizes.corpus
     tokens = 5.0 * corpus.num_tokens
     rows = (ROW * corpus.num_sequences) + (3 * corpus.num_documents)
@@ -37,7 +38,8 @@ def tokenize_cost(planned: Planned) -> StageCost:
         tokens=corpus.num_tokens,
         host=planned.sizes.base + held,
         disk=tokens + DOUBLE * corpus.num_sequences + rows,
-        work=tokens / 2 + tokens,  # parquet packs tokens into about half; then as they are
+        # Parquet packs tokens into about half; then they lie as they are, and their text beside.
+        work=tokens / 2 + tokens + TEXT * corpus.num_tokens,
         shards=shards,
     )
 

@@ -8,6 +8,7 @@ layer, under the layer's name in the model. Eigenvectors are in columns, the gra
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from influence.eigenbasis import EigenBasis
@@ -19,6 +20,7 @@ ARGUMENTS = "factor_arguments.json"
 Q_A, Q_S = "activation_eigenvectors", "gradient_eigenvectors"
 SUM, COUNT = "lambda_matrix", "num_lambda_processed"
 KINDS = (Q_A, Q_S, SUM, COUNT)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHOWN = 8  # names in a message
 
 
@@ -62,6 +64,10 @@ def _check_folder(folder: Path) -> None:
 
 def _check_arguments(path: Path) -> None:
     arguments = store.read_json(path)
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"{path}: a JSON {type(arguments).__name__}; kronfluence's arguments by name are wanted"
+        )
     if (strategy := arguments.get("strategy")) != "ekfac":
         raise ValueError(
             f"{path}: the strategy is {strategy!r}, whose factors have no corrected eigenvalues in "
@@ -96,13 +102,22 @@ def _block(folder: Path, layer: Layer) -> EKFACBlock:
         _read(folder, Q_S, layer, (layer.d_out, layer.d_out)),
     )
     squares = _read(folder, SUM, layer, (layer.d_out, layer.d_in))
-    count = int(store.read_tensor(_path(folder, COUNT), layer.name))
-    if count < 1:
-        raise ValueError(
-            f"{_path(folder, COUNT)}: {layer.name!r} was fitted on {count} examples; fit Λ again"
-        )
-    eigenvalues = (squares.double() / count).to(weight)
+    eigenvalues = (squares.double() / _count(folder, layer)).to(weight)
     return EKFACBlock(basis.to(weight.dtype, weight.device), eigenvalues)
+
+
+def _count(folder: Path, layer: Layer) -> int:
+    """The examples that Λ of a layer is a sum over."""
+    path = _path(folder, COUNT)
+    count = store.read_tensor(path, layer.name)
+    if count.numel() != 1 or count.is_complex() or float(count.double()) % 1 != 0:
+        raise ValueError(
+            f"{path}: {layer.name!r} is {_shape(count.shape)} ({count.dtype}); the number of "
+            "examples is wanted"
+        )
+    if int(count) < 1:
+        raise ValueError(f"{path}: {layer.name!r} was fitted on {int(count)} examples; fit Λ again")
+    return int(count)
 
 
 def _read(folder: Path, kind: str, layer: Layer, wanted: tuple[int, ...]) -> Tensor:
@@ -115,6 +130,11 @@ def _read(folder: Path, kind: str, layer: Layer, wanted: tuple[int, ...]) -> Ten
             f"{_about_bias(layer, found) if kind == Q_A else ''}; give the factors of this model"
         )
     tensor = store.read_tensor(path, layer.name)
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{path}: {layer.name!r} holds {tensor.dtype}; {', '.join(map(str, FLOATS))} are "
+            "wanted: fit again in float32"
+        )
     if not tensor.isfinite().all():
         raise ValueError(
             f"{path}: {layer.name!r} holds NaN or infinity; the pass that fitted it overflowed: "

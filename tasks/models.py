@@ -21,6 +21,7 @@ from tasks.checkpoints import ModelReference, checkpoint_files
 CausalLM: TypeAlias = "transformers.PreTrainedModel"
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerFast"
 
+REMEDY = "correct the folder, or write it again with save_pretrained(folder)"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -52,14 +53,14 @@ def load_model(
         )
     except Exception as error:  # transformers and safetensors raise errors of many kinds here
         raise ValueError(
-            f"{folder}: cannot be loaded as a causal language model ({error})"
+            f"{folder}: cannot be loaded as a causal language model ({error}); {REMEDY}"
         ) from error
     model, report = loaded
     # transformers only warns here, and goes on with random weights.
     if report["missing_keys"]:
         raise ValueError(
             f"{folder}: the checkpoint lacks the weights {sorted(report['missing_keys'])[:5]}, "
-            "which the model of its config.json needs"
+            f"which the model of its config.json needs; {REMEDY}"
         )
     model.config.use_cache = False
     if adapter is not None:
@@ -79,7 +80,9 @@ def without_weights(folder: Path, blocks: int | None = None) -> CausalLM:
         ValueError: no config.json there, or none of a causal language model.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json there, from which a model could be sized")
+        raise ValueError(
+            f"{folder}: no config.json there, from which a model could be sized; {REMEDY}"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -89,7 +92,7 @@ def without_weights(folder: Path, blocks: int | None = None) -> CausalLM:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # as in `load_model`
-        raise ValueError(f"{folder}: no causal language model ({error})") from error
+        raise ValueError(f"{folder}: no causal language model ({error}); {REMEDY}") from error
     model.config.use_cache = False
     return cast(CausalLM, model.eval().requires_grad_(False))
 
@@ -113,16 +116,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's tokenizer, without a length limit of its own.
 
     Raises:
-        ValueError: the folder holds none, or one that cannot tell characters from tokens.
+        ValueError: the folder holds none, one that cannot be read, or one that cannot tell
+            characters from tokens.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         # Without this, transformers makes up an empty tokenizer.
         raise ValueError(
             f"{folder}: no tokenizer there; one of {', '.join(_TOKENIZER_FILES)} is wanted"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # as in `load_model`
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({error}); {REMEDY}") from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"{folder}: the tokenizer is {type(tokenizer).__name__}, which gives no character "
@@ -141,12 +148,15 @@ def check_tokenizer_fits(tokenizer: Tokenizer, model: CausalLM) -> None:
     """
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
-        raise ValueError("the tokenizer's vocabulary is empty; are its files complete?")
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer's vocabulary is empty; are its files "
+            "complete?"
+        )
     if largest >= vocabulary_size(model):
         raise ValueError(
-            f"the tokenizer does not fit the model: its token ids go up to {largest} "
-            f"({len(tokenizer)} tokens), the model's vocabulary has {vocabulary_size(model)}; "
-            "use the tokenizer that the model was trained with"
+            f"{tokenizer.name_or_path}: the tokenizer does not fit the model: its token ids go up "
+            f"to {largest} ({len(tokenizer)} tokens), the model's vocabulary has "
+            f"{vocabulary_size(model)}; use the tokenizer that the model was trained with"
         )
 
 

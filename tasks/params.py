@@ -14,7 +14,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from tasks.complaints import complaints
 from tasks.material import Corpus, Tokenize
 from tasks.origin import Checkpoint, FineTuned, Scratch
-from tasks.section import Count, Section, Seed, Text, by_key
+from tasks.section import Count, Positive, Section, Seed, Text, by_key
 from tasks.yamlfile import read_yaml
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -69,13 +69,13 @@ class Fit(Section):
 class Ratio(Section):
     """λ of a layer = ratio · the mean of its corrected eigenvalues."""
 
-    ratio: float = Field(gt=0, allow_inf_nan=False)
+    ratio: Positive
 
 
 class Value(Section):
     """The same λ in every layer."""
 
-    value: float = Field(gt=0, allow_inf_nan=False)
+    value: Positive
 
 
 Damping = Annotated[
@@ -89,7 +89,7 @@ class Queries(Section):
 
     path: Text = Field(description="a .jsonl file of queries")
     damping: Damping
-    damping_grid: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)] = Field(
+    damping_grid: Annotated[tuple[Positive, ...], Field(strict=False)] = Field(
         description="further ratios λ ÷ mean Λ, scored in the same pass"
     )
     rank: Count | None = Field(description="rank of a prepared query gradient; null: full")
@@ -97,7 +97,9 @@ class Queries(Section):
     @model_validator(mode="after")
     def _ratios_differ(self) -> "Queries":
         if len(set(self.damping_grid)) < len(self.damping_grid):
-            raise ValueError(f"damping_grid {list(self.damping_grid)} names a ratio twice")
+            raise ValueError(
+                f"damping_grid {list(self.damping_grid)} names a ratio twice; once is enough"
+            )
         return self
 
 
@@ -144,7 +146,7 @@ class Runtime(Section):
     tokens_per_batch: Count | Literal["auto"] = Field(
         description="of one pass; auto: as many as the machine's memory and speed allow"
     )
-    layer_memory: Annotated[float, Field(gt=0)] | Literal["auto"]  # GiB of a worker, layergroups.py
+    layer_memory: Positive | Literal["auto"]  # GiB of a worker, layergroups.py
     shards: int = Field(ge=1, le=MAX_SHARDS, description="parts of a stage's work")
     dtype: Literal["float32", "float64", "bfloat16"]
 
@@ -159,7 +161,8 @@ class Runtime(Section):
             )
         if self.gpus_per_task > 1 and self.gpus_per_task % 1:
             raise ValueError(
-                f"gpus_per_task {self.gpus_per_task:g}: above 1, Ray gives whole GPUs only"
+                f"gpus_per_task {self.gpus_per_task:g}: above 1, Ray gives whole GPUs only; write "
+                "a whole number"
             )
         if self.runner == "ray" and self.device != ("cuda" if self.gpus_per_task else "cpu"):
             raise ValueError(

@@ -39,20 +39,25 @@ class Progress:
         self._told_items = 0
         self._lock = threading.Lock()
         self._ended = set[int]()
-        self._cached = 0  # items
         self._ticked = [0] * len(sizes)  # items, by shard
+        self._cached = [0] * len(sizes)  # of them found finished
 
-    def tick(self, index: int, num_items: int) -> None:
-        """Tell that a shard is so many items further; one that starts again counts up again."""
+    def tick(self, index: int, num_items: int, cached: bool = False) -> None:
+        """Tell that a shard is so many items further; one that starts again counts up again.
+
+        `cached`: the items were done before, and do not count for the speed.
+        """
         with self._lock:
-            self._ticked[index] = min(self._ticked[index] + num_items, self._sizes[index])
+            before = self._ticked[index]
+            self._ticked[index] = min(before + num_items, self._sizes[index])
+            self._cached[index] += self._ticked[index] - before if cached else 0
 
     def shard_done(self, index: int, cached: bool) -> None:
         """Tell that a shard ended; `cached`: its file was there already."""
         with self._lock:
             self._ended.add(index)
             self._ticked[index] = self._sizes[index]
-            self._cached += self._sizes[index] if cached else 0
+            self._cached[index] = self._sizes[index] if cached else self._cached[index]
             self._told, self._told_items = self._clock(), sum(self._ticked)
             what = f"shard {index + 1} was there already" if cached else ""
             line = self._line(self._told, what)
@@ -80,7 +85,7 @@ class Progress:
 
     def _phrase(self, now: float) -> str:
         done, total = sum(self._ticked), sum(self._sizes)
-        rate = (done - self._cached) / max(now - self._started, 1e-9)
+        rate = (done - sum(self._cached)) / max(now - self._started, 1e-9)
         if not rate:
             return self._done()
         left = duration((total - done) / rate)

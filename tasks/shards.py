@@ -124,8 +124,9 @@ def map_shards(
 
 
 @contextmanager
-def watched(context: Context, items: str, num_items: int) -> Iterator[Callable[[int], None]]:
-    """Progress of work that is not in shards: yields what is told how many more items are done."""
+def watched(context: Context, items: str, num_items: int) -> Iterator[Callable[..., None]]:
+    """Progress of work that is not in shards: yields a `tick(num_items, cached=False)`, to be told
+    how many more items are done; `cached`: they were before, and do not count for the speed."""
     in_flow = shardtasks.inside_flow()
     tell = shardtasks.tell_flow if in_flow else say
     progress = Progress(f"{context.stage} {items}", [num_items], tell, items=items)

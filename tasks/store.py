@@ -256,7 +256,11 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
+        raise ValueError(
+            f"{path}:{error.lineno} is not JSON: {error.msg}; correct it or write it again"
+        ) from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, too many digits, too deep
+        raise ValueError(f"{path} is not JSON: {error}; correct it or write it again") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """How fast text is turned into tokens here, and searched for the words of queries: a sample."""
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class TextRates:
 
 def text_rates(params: RunParams, corpus: Corpus, tokenizer: Tokenizer) -> TextRates:
     """Timed on the first documents."""
-    sample = list(documents(corpus, 0, SAMPLE))
+    sample = list(itertools.islice(documents(corpus), SAMPLE))
     settings = params.tokenize
     begun = time.perf_counter()
     encoded = encode(tokenizer, sample, settings.bos, settings.eos)

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 
 from tasks import store
 from tasks.checkpoints import ModelReference, read_reference
-from tasks.corpora import Corpus, documents, survey
+from tasks.corpora import Corpus
 from tasks.faraway import check_record, is_far
 from tasks.material import Tokenize
 from tasks.models import boundary_token, load_tokenizer
+from tasks.reading import DOCUMENTS_AT_ONCE, documents_read, num_read, read_corpus
 from tasks.rowgroups import read_row_groups, write_row_groups
 from tasks.shards import ShardRef, map_shards, split
 from tasks.windows import Plan, encode, plan_windows, sequence_keys
 from tasks.workspace import StageContext
 
-_DOCUMENTS_AT_ONCE = 512
 TOLD = {"document": "string", "metadata": "string"}
 PART = {**TOLD, "tokens": "list<int32>", "targets": "list<uint8>"}
 
 
 def run(context: StageContext) -> None:
-    """Tokenise the corpus in shards, then cut the whole of it into sequences.
+    """Read the corpus, tokenise it in shards, then cut the whole of it into sequences.
 
     Cutting comes last, so that the sequences do not depend on the number of shards.
 
@@ -42,13 +42,15 @@ def run(context: StageContext) -> None:
     corpus = Corpus.of(params.corpus, context.root)
     if is_far(params.corpus.path):
         check_record(context.root, params.corpus.path)
-    num_documents = survey(corpus)
+    read = read_corpus(context, corpus)
+    num_documents = num_read(read)
     parts = map_shards(
         context,
         tokenize_shard,
         split(num_documents, params.runtime.shards),
         suffix=".parquet",
         items="documents",
+        read=[part.name for part in read],
     )
     settings = params.tokenize
     plan = plan_windows(*read_index(parts), settings.mode, settings.context)
@@ -103,15 +105,14 @@ def check_settings(settings: Tokenize, model: ModelReference) -> None:
         boundary_token(tokenizer, "eos")
 
 
-def tokenize_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
-    """Tokenise a range of documents and write them with their names and metadata."""
+def tokenize_shard(context: StageContext, shard: ShardRef, path: Path, read: list[str]) -> None:
+    """Tokenise a range of the documents in the tables `read`; write names and metadata too."""
     settings = context.params.tokenize
-    corpus = Corpus.of(context.params.corpus, context.root)
     tokenizer = load_tokenizer(read_reference(context.artifact("train"), context.root).folder)
-    stream = documents(corpus, shard.items[0], shard.items[-1] + 1)
+    parts = [context.work / name for name in read]
 
     def groups() -> Iterator[dict[str, Any]]:
-        while group := list(itertools.islice(stream, _DOCUMENTS_AT_ONCE)):
+        for group in documents_read(parts, shard.items[0], shard.items[-1] + 1):
             encoded = encode(tokenizer, group, settings.bos, settings.eos)
             yield {
                 "document": [each.id for each in group],
@@ -200,10 +201,10 @@ def write_sequences(path: Path, plan: Plan, supervised: NDArray[np.int64]) -> No
 def _told(parts: Iterable[Path]) -> Iterator[dict[str, list[str]]]:
     """Names and metadata, in groups that do not depend on the shards."""
     rows = (row for batch in _batches(parts, list(TOLD)) for row in batch.to_pylist())
-    while group := list(itertools.islice(rows, _DOCUMENTS_AT_ONCE)):
+    while group := list(itertools.islice(rows, DOCUMENTS_AT_ONCE)):
         yield {name: [row[name] for row in group] for name in TOLD}
 
 
 def _batches(parts: Iterable[Path], columns: list[str]) -> Iterator[Any]:
     for part in parts:
-        yield from read_row_groups(part, columns, _DOCUMENTS_AT_ONCE)
+        yield from read_row_groups(part, columns, DOCUMENTS_AT_ONCE)

@@ -23,7 +23,7 @@ from tasks.checkpoints import (
     hub_snapshot,
     write_reference,
 )
-from tasks.corpora import Corpus, Document, documents, survey
+from tasks.corpora import Corpus, Document, read_all
 from tasks.faraway import check_record, is_far
 from tasks.models import (
     CausalLM,
@@ -161,8 +161,7 @@ def _read(context: StageContext) -> list[Document]:
     corpus = Corpus.of(context.params.corpus, context.root)
     if is_far(context.params.corpus.path):
         check_record(context.root, context.params.corpus.path)
-    survey(corpus)
-    return list(documents(corpus))
+    return read_all(corpus)
 
 
 def _train_on(
@@ -213,11 +212,12 @@ def train_model(
     training: Training,
     work: Path,
     device: str,
-    tick: Callable[[int], None] = lambda _steps: None,
+    tick: Callable[..., None] = lambda _steps, cached=False: None,
 ) -> list[dict[str, float]]:
-    """Train in place with AdamW, a short warm-up and a cosine decay; `tick` is told of steps done.
+    """Train in place with AdamW, a short warm-up and a cosine decay.
 
-    The Trainer's own checkpoints in `work` let a killed training go on, to the same weights.
+    `tick(steps, cached)` is told of steps done, `cached` of those of a training that goes on. The
+    Trainer's own checkpoints in `work` let a killed training go on, to the same weights.
 
     Returns:
         The mean loss, nats a token, since the step before, at about fifty steps.
@@ -275,16 +275,19 @@ def _resumable(work: Path) -> str | None:
 
 
 class _Ticks(transformers.TrainerCallback):
-    """Counts steps, those of a training that goes on at once."""
+    """Counts steps."""
 
-    def __init__(self, tick: Callable[[int], None]) -> None:
+    def __init__(self, tick: Callable[..., None]) -> None:
         self._tick = tick
-        self._told = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Those of a training that goes on."""
+        if state.global_step:
+            self._tick(state.global_step, cached=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One step more."""
-        self._tick(state.global_step - self._told)
-        self._told = state.global_step
+        self._tick(1)
 
 
 def _collate(rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -21,6 +21,9 @@ def read_yaml(path: Path, shown: Path) -> Any:
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{shown}{line} is not YAML: {error.problem}; correct it") from error
+    except Exception as error:  # of dates that are none, of bytes that are no text, of depth
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{shown} is not YAML: {problem}; correct it") from error
 
 
 def read_editable(path: Path) -> Any:

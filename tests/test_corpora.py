@@ -1,22 +1,19 @@
 """Corpora and query sets: what is read, and how every fault is named by file and line."""
 
-import contextlib
 import datetime
 import gzip
 import json
-import tempfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tasks.corpora import Corpus, documents, survey
+from tasks.corpora import Corpus, documents, read_all
 from tasks.models import load_tokenizer
 from tasks.querylines import check_queries
 from tasks.querysets import load_queries
+from tasks.records import data_files
 
 MODEL = Path(__file__).parents[1] / "data/models/stories260K"
 
@@ -51,7 +48,7 @@ def test_folder_is_read_in_sorted_order_plain_or_compressed(tmp_path):
     write_lines(tmp_path / "1.jsonl", STORIES[0], "", "   ", STORIES[1])
     (tmp_path / "README.md").write_text("not a corpus")
     assert [d.id for d in documents(corpus(tmp_path))] == ["a", "b", "c"]
-    assert survey(corpus(tmp_path)) == 3
+    assert len(read_all(corpus(tmp_path))) == 3
 
 
 def test_unnamed_documents_are_named_by_file_and_line(tmp_path):
@@ -70,21 +67,16 @@ def test_nan_in_metadata_becomes_null(tmp_path):
     assert next(documents(corpus(file))).metadata == {"score": None}
 
 
-def test_ranges_join_into_the_whole_corpus(tmp_path):
+def test_files_join_into_the_whole_corpus(tmp_path):
     write_lines(tmp_path / "1.jsonl", *STORIES[:2])
     write_lines(tmp_path / "2.jsonl", STORIES[2])
-    source = corpus(tmp_path)
-    assert [d.id for d in documents(source, 0, 1)] + [d.id for d in documents(source, 1, 3)] == [
-        "a",
-        "b",
-        "c",
-    ]
+    source, files = corpus(tmp_path), data_files(tmp_path)
+    assert [[d.id for d in documents(source, [file])] for file in files] == [["a", "b"], ["c"]]
 
 
 def test_limit_reads_only_the_first_documents(tmp_path):
     file = write_lines(tmp_path / "x.jsonl", *STORIES, "this line is never reached")
-    assert survey(corpus(file, limit=2)) == 2
-    assert [d.id for d in documents(corpus(file, limit=2), 1, 3)] == ["b"]
+    assert len(read_all(corpus(file, limit=2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -110,27 +102,27 @@ def test_bad_line_is_named_by_file_and_line(tmp_path, line, message):
     # The blank line counts: the number is the one an editor shows.
     file = write_lines(tmp_path / "x.jsonl", STORIES[0], "", line)
     with pytest.raises(ValueError, match=message):
-        survey(corpus(file))
+        read_all(corpus(file))
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"id": "a", "text": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=r"x\.jsonl:1: not UTF-8"):
-        survey(corpus(file))
+        read_all(corpus(file))
 
 
 def test_empty_corpus_absent_path_folder_without_lines_and_broken_gzip_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"corpus\.path: .*empty\.jsonl holds no documents"):
-        survey(corpus(write_lines(tmp_path / "empty.jsonl", "", "  ")))
+        read_all(corpus(write_lines(tmp_path / "empty.jsonl", "", "  ")))
     with pytest.raises(ValueError, match=r"absent: no such file or folder"):
-        survey(corpus(tmp_path / "absent"))
+        read_all(corpus(tmp_path / "absent"))
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=r"no file in this folder ends in one of \.jsonl"):
-        survey(corpus(tmp_path / "folder"))
+        read_all(corpus(tmp_path / "folder"))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"\n" * 99)[:-9])
     with pytest.raises(ValueError, match=r"cut\.jsonl\.gz: cannot be read"):
-        survey(corpus(tmp_path / "cut.jsonl.gz"))
+        read_all(corpus(tmp_path / "cut.jsonl.gz"))
 
 
 # --- files of other kinds ------------------------------------------------------------------------
@@ -161,7 +153,6 @@ def test_all_formats_give_the_same_documents(tmp_path):
         found = list(documents(corpus(path)))
         assert [(d.id, d.text) for d in found] == [(s["id"], s["text"]) for s in STORIES]
         assert found[0].metadata["author"] == "Ann"
-        assert [d.id for d in documents(corpus(path), 1, 2)] == ["b"]
     assert [d.place for d in documents(corpus(files[2]))] == [f"x.parquet:{n}" for n in (1, 2, 3)]
 
 
@@ -171,7 +162,7 @@ def test_of_a_folder_all_formats_are_read(tmp_path):
     assert [d.text for d in documents(corpus(tmp_path, id=None))] == ["One.", "Two."]
     (tmp_path / "LICENSE.txt").write_text("no story")
     with pytest.raises(ValueError, match=r"plain text \(LICENSE\.txt\) beside records \(1\.json"):
-        survey(corpus(tmp_path, id=None))
+        read_all(corpus(tmp_path, id=None))
 
 
 def test_texts_of_a_folder_are_a_document_each(tmp_path):
@@ -214,7 +205,7 @@ def test_files_that_are_not_what_they_are_called_are_named(tmp_path):
     for name, message in cases.items():
         (tmp_path / name).write_bytes(b"\xff\xfe rubbish")
         with pytest.raises(ValueError, match=message):
-            survey(corpus(tmp_path / name))
+            read_all(corpus(tmp_path / name))
 
 
 def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
@@ -223,7 +214,7 @@ def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
         (tmp_path / split / "state.json").write_text("{}")
     (tmp_path / "dataset_dict.json").write_text("{}")
     with pytest.raises(ValueError, match=r"several splits \(test, train\); give one, such as"):
-        survey(corpus(tmp_path))
+        read_all(corpus(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -245,32 +236,7 @@ def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
 def test_a_bad_pair_or_conversation_is_named_by_file_and_line(tmp_path, keys, line, message):
     file = write_lines(tmp_path / "x.jsonl", line)
     with pytest.raises(ValueError, match=r"x\.jsonl:1: .*" + message):
-        survey(Corpus(file, keys))
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=6,
-)
-likely = st.fixed_dictionaries(
-    {}, optional=dict.fromkeys(("text", "q", "a", "m", "id", "role", "content"), json_values)
-)
-
-
-@given(
-    st.sampled_from([{"text": "text"}, PAIR, CHAT]),
-    st.lists(st.one_of(likely.map(json.dumps).map(str.encode), st.binary(max_size=20)), max_size=3),
-)
-def test_whatever_a_file_holds_the_error_names_it(keys, lines):
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "fuzzed.jsonl"
-        file.write_bytes(b"\n".join(lines))
-        with contextlib.suppress(ValueError):
-            assert survey(Corpus(file, keys, "id")) > 0
-            return
-        with pytest.raises(ValueError, match=r"fuzzed\.jsonl.{20}"):
-            survey(Corpus(file, keys, "id"))
+        read_all(Corpus(file, keys))
 
 
 # --- queries -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks import active, store, tokenize, train
-from tasks.corpora import Corpus, documents, survey
+from tasks.corpora import Corpus, documents, read_all
 from tasks.faraway import (
     _checksum,
     check_record,
@@ -62,7 +62,7 @@ def test_documents_of_every_format_stream_from_a_url(bucket, name: str, content:
     bucket.pipe(f"/bucket/corpus/{name}", content)
     for url in (URL, f"{URL}/{name}"):
         assert [d.id for d in documents(Corpus(url, id="id"))] == ["s0", "s1", "s2", "s3"]
-    [document] = documents(Corpus(URL), 1, 2)
+    _, document, _, _ = documents(Corpus(URL))
     assert document.place == f"{name}:2"
     assert document.text == STORIES[1]["text"]
 
@@ -71,7 +71,7 @@ def test_a_folder_is_read_in_the_order_of_its_names_below_it(bucket) -> None:
     bucket.pipe("/bucket/corpus/b/1.jsonl", lines(STORIES[2:]))
     bucket.pipe("/bucket/corpus/a.jsonl", lines(STORIES[:2]))
     bucket.pipe("/bucket/corpus/README.md", b"no corpus")
-    assert survey(Corpus(URL, id="id")) == 4
+    assert len(read_all(Corpus(URL, id="id"))) == 4
     assert [d.id for d in documents(Corpus(URL))] == [
         "a.jsonl:1", "a.jsonl:2", "b/1.jsonl:1", "b/1.jsonl:2",
     ]  # fmt: skip
@@ -91,9 +91,9 @@ def test_a_saved_dataset_behind_a_url_is_read_in_the_order_of_its_state(bucket) 
 def test_a_fault_in_a_far_file_is_named_by_file_and_line(bucket) -> None:
     bucket.pipe("/bucket/corpus/x.jsonl", lines(STORIES[:1]) + b"{\n")
     with pytest.raises(ValueError, match=r"x\.jsonl:2: not JSON"):
-        survey(Corpus(URL))
+        read_all(Corpus(URL))
     with pytest.raises(ValueError, match=r"memory://bucket/none: no such file or folder"):
-        survey(Corpus("memory://bucket/none"))
+        read_all(Corpus("memory://bucket/none"))
 
 
 @pytest.mark.parametrize(

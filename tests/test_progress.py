@@ -58,6 +58,19 @@ def test_ticks_count_at_once_and_never_twice(clock):
     assert progress.standing() == (40, 100.0, "40 of 40 factors, 15 factors/s, 0.0 s left")
 
 
+def test_items_that_were_done_before_do_not_count_for_the_speed(clock):
+    lines: list[str] = []
+    progress = Progress("train steps", [100], lines.append, clock, "steps")
+    progress.tick(0, 90, cached=True)  # a training that goes on
+    assert progress.standing() == (90, 90.0, "90 of 100 steps")
+    clock.now = 10.0
+    progress.tick(0, 5)
+    assert progress.standing() == (95, 95.0, "95 of 100 steps, 0.5 steps/s, 10 s left")
+    clock.now = 20.0
+    progress.shard_done(0, cached=False)
+    assert lines == ["train steps: 1 of 1 shards, 100 of 100 steps, 0.5 steps/s, 0.0 s left"]
+
+
 def test_a_long_shard_is_not_silent(clock):
     lines: list[str] = []
     progress = Progress("stream shard", [1000, 1000], lines.append, clock, "sequences")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import store, tokenize, train
+from tasks import reading, store, tokenize, train
 from tasks.models import load_tokenizer
 from tasks.sequences import TokenStore, choose_rows
 from tasks.windows import Encoded, cut_windows, sequence_key, sequence_keys
@@ -378,7 +378,8 @@ def peak(root: Path, num_documents: int, **settings) -> int:
 @pytest.mark.parametrize("mode", ["document", "pack"])
 def test_memory_does_not_grow_with_the_corpus_but_for_its_index(tmp_path, monkeypatch, mode):
     """Ten times the documents, 2 kB of text and 4 kB of tokens each; the index: names and ids."""
-    monkeypatch.setattr(tokenize, "_DOCUMENTS_AT_ONCE", 8)
+    monkeypatch.setattr(tokenize, "DOCUMENTS_AT_ONCE", 8)
+    monkeypatch.setattr(reading, "DOCUMENTS_AT_ONCE", 8)
     monkeypatch.setattr(store, "CHUNK", 1 << 12)  # of a megabyte, a small file would fill a part
     few, index = 16, 500
     peak(tmp_path / "first", 1, mode=mode)  # what is imported and cached once

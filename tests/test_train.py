@@ -219,8 +219,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         losses = train.train_model(model, rows, targets, settings, work, "cpu", tick)
         return model.state_dict(), losses
 
-    def kill_at_ten(_steps: int) -> None:
-        done.append(_steps)
+    def kill_at_ten(steps: int) -> None:
+        done.append(steps)
         if sum(done) == 10:
             raise KeyboardInterrupt
 
@@ -230,9 +230,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     broken = tmp_path / "killed/checkpoint-9"  # as a kill in the middle of writing leaves it
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"half")
-    ticks: list[int] = []
-    resumed, losses = learn(tmp_path / "killed", ticks.append)
-    assert ticks == [9, 1, 1, 1]  # from the checkpoint of step 8
+    ticks: list[tuple[int, bool]] = []
+    resumed, losses = learn(
+        tmp_path / "killed", lambda steps, cached=False: ticks.append((steps, cached))
+    )
+    assert ticks == [(8, True), *[(1, False)] * 4]  # from the checkpoint of step 8
     whole, expected = learn(tmp_path / "whole", lambda _steps: None)
     assert losses == expected
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
