@@ -52,6 +52,11 @@ class ExampleBatch:
             self.ids[places], self.inputs[places], self.targets[places], self.likelihood
         )
 
+    def to(self, device: torch.device | str) -> "ExampleBatch":
+        """The same batch on another device."""
+        ids, inputs, targets = (each.to(device) for each in (self.ids, self.inputs, self.targets))
+        return ExampleBatch(ids, inputs, targets, self.likelihood)
+
     def split(self, size: int) -> list["ExampleBatch"]:
         """Batches of at most `size` examples."""
         return [self.select(places) for places in torch.arange(len(self.ids)).split(size)]

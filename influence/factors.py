@@ -69,10 +69,11 @@ def fit_factors(
 
     def add(ios: Mapping[str, LayerIO], batch: Batch) -> None:
         done: set[str] = set()
+        on = {device: batch.to(device) for device in {layer.device for layer in layers}}
         for layer in layers:
             if layer.name not in ios:
                 continue
-            a, ds = _loss_carrying(ios[layer.name], batch)
+            a, ds = _loss_carrying(ios[layer.name], on[layer.device])
             if not len(a):  # an expert that no token with a loss reached: no mean to speak of
                 continue
             if layer.name not in outputs:

@@ -35,6 +35,12 @@ class Layer:
     input_group: str
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are, and so its inputs, its output gradients, and all that is kept of
+        it; of one model they may be on several."""
+        return next(self.module.parameters()).device
+
+    @property
     def is_routed(self) -> bool:
         """Whether it belongs to an expert, which sees some of the tokens, or none."""
         return isinstance(self.module, RoutedLinear)

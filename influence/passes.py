@@ -57,7 +57,8 @@ def run_pass(
         NonFiniteSequenceError: if an activation is NaN or infinite.
     """
     with capture(model, layers) as captured:
-        values = objective(forward(model, batch), batch)
+        outputs = forward(model, batch)
+        values = objective(outputs, batch.to(outputs.device))
         try:
             return captured.backward(values.sum())
         except NonFiniteError as error:

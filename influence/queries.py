@@ -119,7 +119,8 @@ def prepare_queries(
     never = [layer for layer in layers if layer.name not in next(iter(prepared.values()))]
     for layer in never:
         for found in prepared.values():
-            V = torch.zeros(len(queries), layer.d_out, layer.d_in).to(parameter)
+            V = torch.zeros(len(queries), layer.d_out, layer.d_in)
+            V = V.to(layer.device, parameter.dtype)
             found[layer.name] = LowRank.of(V, rank)
     return prepared
 
@@ -151,7 +152,8 @@ class _Asked:
     def by_query(self, sequences: Float[Tensor, "n ..."]) -> Float[Tensor, "q ..."]:
         """Gradients of completions, those of contrasts added to their own."""
         own, others = sequences[: self.num_queries], sequences[self.num_queries :]
-        return own.index_add(0, self.owners[self.num_queries :], others) if len(others) else own
+        owners = self.owners[self.num_queries :].to(own.device)
+        return own.index_add(0, owners, others) if len(others) else own
 
 
 def _num_tokens(query: Query) -> int:

@@ -53,7 +53,8 @@ class SelfInfluence:
         Raises:
             NonFiniteSequenceError: naming layer and sequence.
         """
-        found = torch.stack([self.of(batch, each, ios.get(each.name)) for each in layers], dim=-1)
+        forms = (self.of(batch, each, ios.get(each.name)) for each in layers)
+        found = torch.stack([form.to(batch.ids.device) for form in forms], dim=-1)
         check_finite_layers(found, layers, batch)
         return found
 

@@ -102,6 +102,8 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same batch on another device; a copy to a GPU does not wait for it."""
+        if self.ids.device == torch.device(device):
+            return self
         here = (self.ids, self.tokens, self.supervised)
         if torch.device(device).type == "cuda" and self.ids.device.type == "cpu":
             here = tuple(tensor.pin_memory() for tensor in here)

@@ -107,7 +107,8 @@ class _Squares:
             basis.add_rotated_squares(into, io)
             totals[name] = into.sum()
         # One look at all layers: each would make a GPU wait.
-        if totals and not torch.stack(list(totals.values())).isfinite().all():
+        found = [total.to(batch.ids.device) for total in totals.values()]
+        if found and not torch.stack(found).isfinite().all():
             for name in totals:
                 G = self._bases[name].rotate_gradient(ios[name])
                 check_finite(G.square().sum(dim=(1, 2)), name, batch)

@@ -151,7 +151,8 @@ def _finished(
                 if isinstance(each.by_layer[at], Waiting):
                     each.by_layer[at] = next(parts)
     for each in held:
-        raw = torch.stack([one for one in each.by_layer if isinstance(one, Tensor)], dim=-1)
+        columns = [one for one in each.by_layer if isinstance(one, Tensor)]
+        raw = torch.stack([one.to(each.batch.ids.device) for one in columns], dim=-1)
         check_finite_layers(raw.sum(dim=0), layers, each.batch)
         yield Told(each.batch.ids, raw, each.self_influence, tokens.of(each, raw))
 
@@ -192,4 +193,4 @@ class _TopTokens:
                 rows.append(io.spread(one.tokens(io), held.batch.inputs.shape[1])[0, 0])
             else:  # an idle expert
                 rows.append(self.prepared[layer.name].left.new_zeros(held.batch.inputs.shape[1]))
-        return torch.stack(rows)
+        return torch.stack([one.to(held.batch.ids.device) for one in rows])

@@ -61,6 +61,7 @@ def token_grids(
             grids.append(io.spread(cells, batch.tokens.shape[1]))
         else:  # an idle expert
             grids.append(query.left.new_zeros(query.num_queries, *batch.tokens.shape))
+    grids = [grid.to(batch.ids.device) for grid in grids]
     return influence(torch.stack(grids, dim=2), num_training_sequences)
 
 
@@ -93,12 +94,13 @@ def rescore(
             raw.append(V.new_zeros(len(V), len(batch.ids)))
         else:
             raw.append(meet(V, io.gradient()))
+        raw[-1] = raw[-1].to(batch.ids.device)
         for q, n in pairs:
             if io is None:
                 cells = V.new_zeros(batch.tokens.shape[1])
             else:
                 cells = _cells(V[q], io.select(n), batch.tokens.shape[1])
-            grids[q, n].append(cells)
+            grids[q, n].append(cells.to(batch.ids.device))
     return Rescored(
         influence(torch.stack(raw, dim=-1), num_training_sequences),
         {

@@ -16,7 +16,7 @@ from tasks import store
 from tasks.budget import Budget, find_budget, remembered
 from tasks.checkpoints import ModelReference, read_reference
 from tasks.models import model_for_thread
-from tasks.precision import DTYPES, resolve_device
+from tasks.precision import DTYPES, devices_of, resolve_device
 from tasks.sequences import TokenStore
 from tasks.workspace import StageContext
 
@@ -68,6 +68,11 @@ class PassReference:
         return replace(reference, tokens_per_batch=remembered(context.work / BUDGET, find))
 
     @property
+    def input_device(self) -> str:
+        """Where batches go."""
+        return devices_of(self.device)[0]
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.dtype_name]
 
@@ -76,7 +81,7 @@ class PassReference:
         # Of the thread's own modules alone, over the weights that all threads share.
         model = separate_experts(model_for_thread(self.model, self.device, self.dtype))
         layers, coverage = find_layers(model, self.patterns)
-        probe = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        probe = torch.zeros(1, 2, dtype=torch.int64, device=self.input_device)
         return Attributed(model, share_inputs(model, layers, probe), coverage)
 
     def batches(
@@ -93,11 +98,11 @@ class PassReference:
         self, rows: Sequence[int], tick: Callable[[int], None] | None = None
     ) -> Iterator[tuple[TokenBatch, list[int]]]:
         """Each batch with the rows that it holds, in its order."""
-        tokens = TokenStore.open(self.tokenize)
+        tokens, device = TokenStore.open(self.tokenize), self.input_device
         lengths = [tokens.lengths[row] for row in rows]
         for group in batches_by_tokens(lengths, self.tokens_per_batch):
             chosen = [rows[place] for place in group]
-            yield tokens.batch(chosen).to(self.device), chosen
+            yield tokens.batch(chosen).to(device), chosen
             if tick is not None:
                 tick(len(chosen))
 

@@ -13,6 +13,7 @@ from influence.objectives import training_loss
 from influence.passes import run_pass
 from influence.sequences import TokenBatch
 from tasks import store
+from tasks.precision import devices_of
 from tasks.progress import say
 
 # More tokens than these make no pass faster. Powers of two, so that a little more or less of free
@@ -51,17 +52,18 @@ def find_budget(
     """Probe with one sequence; on a GPU, also with a batch as large as was found.
 
     Args:
-        model: in evaluation mode, on the device.
+        model: in evaluation mode, in its place.
         layers: the attributed layers.
         length: tokens of the longest sequence.
         device: where passes run.
         workers: passes that share the memory.
     """
-    kind = torch.device(device).type
+    first = devices_of(device)[0]
+    kind = torch.device(first).type
     on_gpu, free = kind == "cuda", free_bytes(device)
-    each = max(1, _held_bytes(model, layers, _probe(length, 1, device)) // length)
+    each = max(1, _held_bytes(model, layers, _probe(length, 1, first)) // length)
     tokens = fitting_tokens(kind, free, workers, each, length)
-    while on_gpu and tokens > length and not _runs(model, layers, length, tokens, device):
+    while on_gpu and tokens > length and not _runs(model, layers, length, tokens, first):
         tokens //= 2
     return Budget(max(tokens, 1), each, free)
 
@@ -82,9 +84,11 @@ def fitting_tokens(kind: str, free: int, workers: int, each: int, length: int) -
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free where passes run."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Memory that is free where passes run; of several devices, as if each had that of the fullest,
+    since none can take what another lacks."""
+    devices = devices_of(device)
+    if torch.device(devices[0]).type == "cuda":
+        return len(devices) * min(torch.cuda.mem_get_info(each)[0] for each in devices)
     return psutil.virtual_memory().available
 
 

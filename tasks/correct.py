@@ -38,7 +38,7 @@ def correct_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
             context, reference, attributed.layers, shard, spectrum_bytes
         ):
             batches = reference.batches(shard.items, tick)
-            bases = read_bases(eigen, layers, reference.dtype, reference.device)
+            bases = read_bases(eigen, layers, reference.dtype)
             yield from spectrum_tensors(fit_spectra(attributed.model, layers, bases, batches, seed))
 
     with reference.passes() as attributed:

@@ -30,17 +30,17 @@ def read_eigen(folder: Path, name: str) -> Eigen:
     )
 
 
-def read_bases(
-    folder: Path, layers: Sequence[Layer], dtype: torch.dtype, device: str
-) -> dict[str, EigenBasis]:
-    """The eigenbasis of each layer, in the dtype of the pass; a shared A is read once.
+def read_bases(folder: Path, layers: Sequence[Layer], dtype: torch.dtype) -> dict[str, EigenBasis]:
+    """The eigenbasis of each layer, in the dtype of the pass and on the layer's device; a shared A
+    is read once.
 
     An expert that no token of the fit reached has none, and is absent.
     """
     fitted = set(store.tensor_names(folder / "eigen.safetensors"))
     layers = [each for each in layers if not each.is_routed or f"S/{each.name}/vectors" in fitted]
+    devices = {name: layer.device for layer in layers for name in factor_names([layer])}
     vectors = {
-        name: read_eigen(folder, name).vectors.to(device, dtype) for name in factor_names(layers)
+        name: read_eigen(folder, name).vectors.to(device, dtype) for name, device in devices.items()
     }
     return {
         layer.name: EigenBasis(vectors[f"A/{layer.input_group}"], vectors[f"S/{layer.name}"])

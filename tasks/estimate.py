@@ -11,7 +11,6 @@ from typing import Any
 
 from influence.costs import training_flop
 from tasks import store
-from tasks.attributed import resolve_device
 from tasks.corpora import Corpus
 from tasks.corpussize import CHARACTERS, corpus_size
 from tasks.hardware import described, this_machine
@@ -20,6 +19,7 @@ from tasks.models import Tokenizer, load_tokenizer
 from tasks.modelsizes import model_sizes
 from tasks.params import RunParams, load_params
 from tasks.plan import FORM, Plan, StagePlan
+from tasks.precision import SPREAD, resolve_device
 from tasks.probe import probe_rates
 from tasks.querylines import check_queries
 from tasks.rates import Rates, of_start, startup
@@ -41,7 +41,8 @@ def estimated(
     """A plan made now; see `plan.plan_run`."""
     params = load_params(root, run)
     device = resolve_device(params.runtime.device)
-    here = this_machine(root, device)
+    # Of a machine that is described, nothing is asked of the devices here: there may be none.
+    here = this_machine(root, device if hardware is None else "cpu")
     sizes, tokenizer = run_sizes(root, params, root / ARTIFACTS / fit)
     told = [
         f"model: {sizes.model.shape.num_parameters:,} parameters",
@@ -49,7 +50,8 @@ def estimated(
         f"({sizes.corpus.told})",
     ]
     if hardware is not None:
-        planned = Planned(params, sizes, described(hardware, here))
+        there = described(hardware, here)
+        planned = Planned(params, sizes, there.as_one() if device == SPREAD else there)
         stages = stage_costs(planned)
         seconds = reckoned(planned, stages)
         told.append(f"time: by arithmetic, on {hardware}")

@@ -77,7 +77,7 @@ def rescore_shard(
     for layers, tick in passes_by_group(context, reference, attributed.layers, shard, size):
         held = {
             layer.name: store.read_tensor(context.work / solved, layer.name).to(
-                reference.device, reference.dtype
+                layer.device, reference.dtype
             )
             for layer in layers
         }

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -42,16 +42,22 @@ class Hardware:
         """Bytes where passes run."""
         return self.host_memory if self.device_memory is None else self.device_memory
 
+    def as_one(self) -> "Hardware":
+        """All devices as one, as a model that is spread over them has them: one computes, and the
+        others wait for it."""
+        assert self.device_memory is not None
+        return replace(self, device_memory=self.devices * self.device_memory, devices=1)
+
 
 def this_machine(root: Path, device: str) -> Hardware:
     """What is free here now.
 
     Args:
         root: the checkout, on whose disk artefacts lie.
-        device: cpu or cuda.
+        device: cpu, cuda or spread: all devices as one.
     """
     host, disk = psutil.virtual_memory().available, shutil.disk_usage(root).free
-    if device != "cuda":
+    if device == "cpu":
         return Hardware(None, host, disk, None, None, None, 1, "this machine")
     from tasks.budget import free_bytes  # torch is slow to import
 

@@ -5,11 +5,13 @@ as many whole passes. The numbers do not depend on the groups: no layer looks at
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from influence.layers import Layer, layer_groups
 from tasks.attributed import PassReference
 from tasks.budget import free_bytes
 from tasks.params import Runtime
+from tasks.precision import devices_of
 from tasks.shards import ShardRef
 from tasks.workspace import StageContext
 
@@ -51,10 +53,20 @@ def _low_rank_numbers(layers: Sequence[Layer], rank: int | None) -> int:
 
 
 def layer_memory(runtime: Runtime, device: str) -> int:
-    """Bytes for what is kept of layers, by `runtime.layer_memory`: of one worker."""
+    """Bytes of each device for what is kept of layers, by `runtime.layer_memory`: of one worker."""
     if runtime.layer_memory != "auto":
-        return int(runtime.layer_memory * 2**30)
-    return int(SHARE * free_bytes(device) / runtime.workers)
+        of_worker = runtime.layer_memory * 2**30
+    else:
+        of_worker = SHARE * free_bytes(device) / runtime.workers
+    return int(of_worker / len(devices_of(device)))
+
+
+def on_fullest(size: Callable[[Sequence[Layer]], int], layers: Sequence[Layer]) -> int:
+    """What layers want together of the device that they want most of."""
+    by_device: dict[object, list[Layer]] = {}
+    for layer in layers:
+        by_device.setdefault(layer.device, []).append(layer)
+    return max(size(those) for those in by_device.values())
 
 
 def groups_of_layers(
@@ -64,7 +76,8 @@ def groups_of_layers(
     size: Callable[[Sequence[Layer]], int],
 ) -> list[tuple[Layer, ...]]:
     """As many layers at a time as one worker's memory holds, by what `size` says they want."""
-    return layer_groups(layers, size, layer_memory(context.params.runtime, reference.device))
+    memory = layer_memory(context.params.runtime, reference.device)
+    return layer_groups(layers, partial(on_fullest, size), memory)
 
 
 def passes_by_group(

@@ -24,7 +24,7 @@ class Measured:
     Attributes:
         seconds: from the start of its process to its end.
         host: peak bytes of the process, its weights and mapped files included.
-        device: peak bytes on the GPU; 0 where none was used.
+        device: peak bytes on GPUs; 0 where none was used.
         disk: bytes that it published.
         whole: whether all of it was computed, and nothing taken up from an earlier attempt.
     """
@@ -80,4 +80,4 @@ def _peak_device() -> int:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
-    return int(torch.cuda.max_memory_allocated())
+    return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))

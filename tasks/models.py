@@ -16,6 +16,8 @@ from torch import nn
 
 from tasks.adapters import add_adapter, is_adapter
 from tasks.checkpoints import ModelReference, checkpoint_files
+from tasks.placement import placement, spread
+from tasks.precision import SPREAD, devices_of
 
 # Names only: loading the class of models takes seconds, which stages that only tokenize can spare.
 CausalLM: TypeAlias = "transformers.PreTrainedModel"
@@ -32,13 +34,14 @@ def load_model(
 
     Args:
         folder: of the checkpoint.
-        device: where it shall be.
+        device: where it shall be; `spread`: over all GPUs.
         dtype: of all weights.
         adapter: the folder of a LoRA adapter of this checkpoint.
 
     Raises:
         ValueError: no such folder, no safetensors, not a causal language model, weights that
-            the model needs and the files do not hold, or an adapter that does not fit.
+            the model needs and the files do not hold, an adapter that does not fit, or too little
+            memory to spread it over.
     """
     _check_folder(folder)
     transformers.logging.disable_progress_bar()
@@ -65,7 +68,11 @@ def load_model(
     model.config.use_cache = False
     if adapter is not None:
         add_adapter(model, adapter)
-    return model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if device != SPREAD:
+        return model.to(device)
+    free = {each: torch.cuda.mem_get_info(each)[0] for each in devices_of(device)}
+    return spread(model, placement(model, free))
 
 
 def without_weights(folder: Path, blocks: int | None = None) -> CausalLM:

@@ -138,7 +138,9 @@ class Report(Section):
 class Runtime(Section):
     """Where and how fast; no key here changes a result, and DVC watches none of them."""
 
-    device: Literal["auto", "cpu", "cuda"]
+    device: Literal["auto", "cpu", "cuda", "spread"] = Field(
+        description="auto: cuda where there is one; spread: the model over all GPUs of a worker"
+    )
     runner: Literal["threads", "dask", "ray"]
     address: Text | None = Field(description="of a running cluster; null: workers here")
     workers: Count = Field(description="shards at work at once on a machine")
@@ -164,10 +166,13 @@ class Runtime(Section):
                 f"gpus_per_task {self.gpus_per_task:g}: above 1, Ray gives whole GPUs only; write "
                 "a whole number"
             )
-        if self.runner == "ray" and self.device != ("cuda" if self.gpus_per_task else "cpu"):
+        needed = {"cpu": self.gpus_per_task == 0, "cuda": self.gpus_per_task > 0}
+        needed["spread"] = self.gpus_per_task > 1
+        if self.runner == "ray" and not needed.get(self.device):
             raise ValueError(
                 f"with runner ray, device {self.device} and gpus_per_task {self.gpus_per_task:g} "
-                "do not go together; write cpu and 0, or cuda and the GPUs of a shard"
+                "do not go together; write cpu and 0, cuda and the GPUs of a shard, or spread and "
+                "2 or more"
             )
         return self
 
@@ -182,7 +187,7 @@ class Runtime(Section):
             raise ValueError(f"address {address!r}: wanted {wanted[1]} for runner {self.runner}")
         if self.device == "auto":
             raise ValueError(
-                "device auto may be another on each machine of a cluster; write cpu or cuda"
+                "device auto may be another on each machine of a cluster; write cpu, cuda or spread"
             )
 
 

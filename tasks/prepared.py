@@ -87,34 +87,33 @@ class StoredSolvers(Mapping[str, EKFACBlock | Unreached]):
     Args:
         eigen: the folder of that stage.
         correct: the folder of that stage.
-        layers: whose solvers these are.
+        layers: whose solvers these are; each is on its layer's device.
         dtype: of a pass.
-        device: of a pass.
-        memory: bytes to keep them in. On a CPU what is read is the file itself, mapped.
+        memory: bytes of a device to keep them in. On a CPU what is read is the file itself, mapped.
     """
 
     eigen: Path
     correct: Path
     layers: Sequence[Layer]
     dtype: torch.dtype
-    device: str
     memory: int
     _held: dict[str, EKFACBlock] = field(default_factory=dict, init=False)
+    _left: dict[torch.device, int] = field(default_factory=dict, init=False)
 
     def __getitem__(self, name: str) -> EKFACBlock | Unreached:
         if name in self._held:
             return self._held[name]
         [layer] = [each for each in self.layers if each.name == name]
         spectrum = read_spectrum(self.correct / "spectrum.safetensors", name)
-        eigenvalues = spectrum.values.to(self.device, self.dtype)
+        eigenvalues = spectrum.values.to(layer.device, self.dtype)
         if layer.is_routed and spectrum.is_zero:
             return Unreached(eigenvalues)
-        basis = read_bases(self.eigen, [layer], self.dtype, self.device)[name]
+        basis = read_bases(self.eigen, [layer], self.dtype)[name]
         block = EKFACBlock(basis, eigenvalues)
         one = basis.Q_A.nbytes + basis.Q_S.nbytes + block.eigenvalues.nbytes
-        if one <= self.memory:
-            self._held[name] = block
-            self.memory -= one
+        left = self._left.get(layer.device, self.memory)
+        if one <= left:
+            self._held[name], self._left[layer.device] = block, left - one
         return block
 
     def __iter__(self) -> Iterator[str]:
@@ -130,7 +129,7 @@ def run_solvers(
     """The run's EK-FAC, as a pass reads it."""
     return StoredSolvers(
         context.artifact("eigen"), context.artifact("correct"), layers,
-        reference.dtype, reference.device, layer_memory(context.params.runtime, reference.device),
+        reference.dtype, layer_memory(context.params.runtime, reference.device),
     )  # fmt: skip
 
 
@@ -145,15 +144,16 @@ def write_prepared(path: Path, prepared: Mapping[str, Mapping[str, LowRank]]) ->
 
 
 def read_prepared(
-    path: Path, methods: Sequence[str], layers: Sequence[str], dtype: torch.dtype, device: str
+    path: Path, methods: Sequence[str], layers: Sequence[Layer], dtype: torch.dtype
 ) -> dict[str, LowRank]:
-    """By layer, the queries of all `methods` one after another along the first axis."""
+    """By layer and on its device, the queries of all `methods` one after another along the first
+    axis."""
 
-    def side(layer: str, name: str) -> Tensor:
-        parts = [store.read_tensor(path, f"{method}/{layer}/{name}") for method in methods]
-        return torch.cat(parts).to(device, dtype)
+    def side(layer: Layer, name: str) -> Tensor:
+        parts = [store.read_tensor(path, f"{method}/{layer.name}/{name}") for method in methods]
+        return torch.cat(parts).to(layer.device, dtype)
 
-    return {layer: LowRank(side(layer, "left"), side(layer, "right")) for layer in layers}
+    return {layer.name: LowRank(side(layer, "left"), side(layer, "right")) for layer in layers}
 
 
 def concatenate(parts: Sequence[Path], path: Path) -> None:

@@ -33,7 +33,7 @@ from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.models import load_model, replicate
 from tasks.origin import Scratch
 from tasks.params import RunParams
-from tasks.precision import DTYPES
+from tasks.precision import DTYPES, SPREAD
 from tasks.rates import Rates, of_start
 from tasks.runners import cores_of_shard
 from tasks.scorecosts import prepared_bytes
@@ -52,8 +52,10 @@ def probe_rates(planned: Planned, device: str, started: Mapping[str, float]) -> 
     """Time what the run will do, on random tokens.
 
     Raises:
-        ValueError: a model that is not at hand, or too large to be tried here.
+        ValueError: a model that is not at hand, on several devices, or too large to be tried here.
     """
+    if device == SPREAD:
+        raise ValueError("a model over several devices is too large for a probe of a few seconds")
     shape, length = planned.sizes.model.shape, max(2, round(planned.length))
     kept = factor_bytes(planned.layers) + spectrum_bytes(planned.layers)
     kept += prepared_bytes(planned, None, 1) + 2 * prepared_bytes(planned, None, planned.methods)

@@ -70,9 +70,10 @@ def describe(texts: Sequence[QueryText], reference: PassReference) -> list[dict[
     model = reference.attributed().model
     described: list[dict[str, object]] = []
     for text in texts:
-        batch = query_batch([as_query(text)]).to(reference.device)
+        batch = query_batch([as_query(text)]).to(reference.input_device)
         with torch.no_grad():
-            f = float(measured(forward(model, batch), batch, 1).sum())
+            outputs = forward(model, batch)
+            f = float(measured(outputs, batch.to(outputs.device), 1).sum())
         described.append(
             {
                 "name": text.name,

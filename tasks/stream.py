@@ -52,9 +52,7 @@ def subspace_lost(context: StageContext, reference: PassReference) -> dict[str, 
     )
     lost = {}
     for layer in reference.attributed().layers:  # one at a time
-        [query] = read_prepared(
-            prepared, methods, [layer.name], reference.dtype, reference.device
-        ).values()
+        [query] = read_prepared(prepared, methods, [layer], reference.dtype).values()
         lost[layer.name] = SharedSubspace.of(query, columns).lost
     return lost
 
@@ -73,8 +71,7 @@ def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
             yield batch
 
     with reference.passes() as attributed:
-        names = [layer.name for layer in attributed.layers]
-        queries = read_prepared(prepared, methods, names, reference.dtype, reference.device)
+        queries = read_prepared(prepared, methods, attributed.layers, reference.dtype)
         selves = None
         if context.params.stream.self_influence:
             solvers = run_solvers(context, reference, attributed.layers)

@@ -42,7 +42,7 @@ DOORS = {
     "tokenizers": ("tasks/models.py", "tasks/scratch.py"),
     "huggingface_hub": ("tasks/checkpoints.py",),
     "fsspec": ("tasks/faraway.py",),
-    "accelerate": ("tasks/models.py", "tasks/train.py"),
+    "accelerate": ("tasks/placement.py",),
     "safetensors": ("tasks/store.py",),
     "pyarrow": ("tasks/store.py", "tasks/rowgroups.py", "tasks/records.py"),
     "ruamel": ("tasks/yamlfile.py",),

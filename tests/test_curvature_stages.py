@@ -359,11 +359,9 @@ def test_a_broken_weight_is_reported_with_layer_and_sequence(single, tmp_path):
 
 def test_solvers_that_memory_does_not_hold_are_read_anew_and_are_the_same(single):
     fields = store.read_json(single / "factors/layers.json")["layers"]
-    layers = [Layer(**each, module=nn.Identity()) for each in fields]
+    layers = [Layer(**each, module=nn.Linear(1, 1)) for each in fields]
     folders = single / "eigen", single / "correct"
-    roomy, tight = (
-        StoredSolvers(*folders, layers, torch.float32, "cpu", memory) for memory in (2**30, 0)
-    )
+    roomy, tight = (StoredSolvers(*folders, layers, torch.float32, memory) for memory in (2**30, 0))
     assert list(roomy) == list(tight) == [layer.name for layer in layers]
     for name in roomy:
         assert roomy[name] is roomy[name]

@@ -105,7 +105,7 @@ def test_params_are_values(root):
         ("factors.seed", -1, "`factors.seed`: given -1"),
         ("report.top", 999, "report.top 999 is more than score.top [0-9]+; lower the one"),
         ("runtime.shards", 51, "`runtime.shards`: given 51, wanted less than or equal to 50"),
-        ("runtime.device", "tpu", "`runtime.device`: given 'tpu', wanted 'auto', 'cpu' or 'cuda'"),
+        ("runtime.device", "tpu", "given 'tpu', wanted 'auto', 'cpu', 'cuda' or 'spread'"),
         ("query", 3, "`query`: given 3"),
     ],
 )

@@ -217,6 +217,17 @@ def test_described_hardware_gives_time_by_arithmetic(root):
     assert not (root / "plans").exists(), "the plan of another machine is not kept"
 
 
+def test_a_model_over_the_devices_of_a_machine_has_their_memory_and_the_speed_of_one(root):
+    """And no GPU need be here."""
+    spread = SECTIONS | {"runtime": SECTIONS["runtime"] | {"device": "spread"}}
+    store.write_text(root / "params/spread.yaml", json.dumps(spread))
+    told = "tflops=0.001,memory={},host_memory=64GiB,disk=1TiB,host_gflops=1,devices={}"
+    four = plan_run(root, "spread", "small", told.format("1MiB", 4))
+    one = plan_run(root, "small", "small", told.format("4MiB", 1))
+    assert four.stages == one.stages
+    assert any("device memory, and 0.00391 GiB are free" in fault for fault in four.faults)
+
+
 def test_a_plan_is_kept_until_what_it_follows_from_changes(root, unprobed, monkeypatch):
     first = plan_run(root, "small", "small")
     assert "no probe here" in first.told[-1]

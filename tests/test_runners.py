@@ -75,10 +75,11 @@ def runtime(root: Path) -> Callable[..., Runtime]:
         ({"address": "tcp://a:8786"}, "is for dask and ray, and runner is threads"),
         ({"runner": "dask", "address": "ray://a:10001"}, "wanted tcp://host:8786 for runner dask"),
         ({"runner": "ray", "address": "tcp://a:8786"}, "wanted ray://host:10001 or host:6379"),
-        ({"runner": "dask", "address": "tcp://a:1", "device": "auto"}, "write cpu or cuda"),
+        ({"runner": "dask", "address": "tcp://a:1", "device": "auto"}, "write cpu, cuda or spread"),
         ({"runner": "dask", "gpus_per_task": 1}, "gpus_per_task 1 is for Ray"),
         ({"runner": "ray", "gpus_per_task": 1}, "device cpu and gpus_per_task 1 do not go"),
         ({"runner": "ray", "device": "cuda"}, "device cuda and gpus_per_task 0 do not go"),
+        ({"runner": "ray", "device": "spread", "gpus_per_task": 1}, "spread and 2 or more"),
         ({"runner": "ray", "device": "cuda", "gpus_per_task": 1.5}, "whole GPUs only"),
         ({"runner": "ray", "gpus_per_task": -1}, "greater than or equal to 0"),
         ({"runner": "spark"}, "'threads', 'dask' or 'ray'"),
@@ -93,6 +94,7 @@ def test_settings_that_go_together_pass(runtime):
     runtime(runner="dask", address="tls://10.0.0.1:8786", device="cuda")
     for gpus in (0.5, 1, 2):
         runtime(runner="ray", address="head:6379", device="cuda", gpus_per_task=gpus)
+    runtime(runner="ray", address="head:6379", device="spread", gpus_per_task=2)
 
 
 def test_who_computes_is_free_to_change_in_the_middle_of_a_stage():

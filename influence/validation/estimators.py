@@ -82,7 +82,7 @@ def fit_curvature(
     eigens = _eigens(layers, factors, blocks)
     parameter = next(model.parameters())
     bases = {
-        name: EigenBasis(A.vectors, S.vectors).to(parameter.dtype, parameter.device)
+        name: EigenBasis(A.vectors, S.vectors).to(parameter.dtype, S.vectors.device)
         for name, (A, S) in eigens.items()
     }
     spectra = _spectra(model, layers, bases, batches, seeds[draws:])
@@ -91,7 +91,9 @@ def fit_curvature(
         tuple(layers),
         eigens,
         {
-            layer.name: EKFACBlock(bases[layer.name], spectra[layer.name].values.to(parameter))
+            layer.name: EKFACBlock(
+                bases[layer.name], spectra[layer.name].values.to(layer.device, parameter.dtype)
+            )
             for layer in layers
             if not (layer.is_routed and spectra[layer.name].is_zero)
         },

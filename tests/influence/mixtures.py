@@ -28,9 +28,9 @@ _SIZES: dict[str, Any] = {
 KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe", "olmoe")
 
 
-def fused(kind: str, seed: int = 0) -> nn.Module:
+def fused(kind: str, seed: int = 0, num_layers: int = 1) -> nn.Module:
     """The model in float64, computing as its own code is written; its weights are fused."""
-    config = AutoConfig.for_model(kind, **_SIZES)
+    config = AutoConfig.for_model(kind, **_SIZES | {"num_hidden_layers": num_layers})
     config.use_cache = False
     # The kernels that transformers prefers have no float64.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")

@@ -57,7 +57,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x).tanh()
-        steps = torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype)
+        steps = torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype, device=hidden.device)
         return self.fc2(hidden.cumsum(1) / steps[:, None])
 
 
