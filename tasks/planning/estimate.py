@@ -13,21 +13,21 @@ from influence.costs import training_flop
 from tasks import store
 from tasks.attributed import resolve_device
 from tasks.corpora import Corpus
-from tasks.corpussize import CHARACTERS, corpus_size
-from tasks.hardware import described, this_machine
-from tasks.measured import plan_folder
 from tasks.models import Tokenizer, load_tokenizer
-from tasks.modelsizes import model_sizes
 from tasks.params import RunParams, load_params
-from tasks.plan import FORM, Plan, StagePlan
-from tasks.probe import probe_rates
+from tasks.planning.corpus import CHARACTERS, corpus_size
+from tasks.planning.hardware import described, this_machine
+from tasks.planning.measured import plan_folder
+from tasks.planning.model import model_sizes
+from tasks.planning.plan import FORM, Plan, StagePlan
+from tasks.planning.planned import Planned, Sizes, StageCost, stage_costs
+from tasks.planning.probe import probe_rates
+from tasks.planning.rates import Rates, of_start, startup
+from tasks.planning.remedies import refusal
+from tasks.planning.seconds import reckoned, timed
+from tasks.planning.textrates import TextRates, text_rates
 from tasks.querylines import check_queries
-from tasks.rates import Rates, of_start, startup
-from tasks.remedies import refusal
 from tasks.runners import num_cores
-from tasks.stagecosts import Planned, Sizes, StageCost, stage_costs
-from tasks.stageseconds import reckoned, timed
-from tasks.textrates import TextRates, text_rates
 from tasks.workspace import ARTIFACTS
 
 # Bytes of a stage's process where none was probed: torch, Prefect, DVC; and those with a model.

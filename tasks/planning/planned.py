@@ -10,12 +10,12 @@ from math import ceil
 from influence import costs
 from influence.layers import Layer, layer_groups
 from tasks.budget import fitting_tokens
-from tasks.corpussize import CorpusSize
-from tasks.hardware import Hardware
 from tasks.layergroups import SHARE
-from tasks.modelsizes import ModelSizes
 from tasks.origin import Checkpoint, Scratch
 from tasks.params import RunParams, Tfidf
+from tasks.planning.corpus import CorpusSize
+from tasks.planning.hardware import Hardware
+from tasks.planning.model import ModelSizes
 from tasks.precision import DTYPES, dtype_at_rest
 
 DOUBLE = 8  # bytes of a number of the sums that shards leave
@@ -186,7 +186,7 @@ class Planned:
 
 def stage_costs(planned: Planned) -> list[StageCost]:
     """Of every stage, in their order."""
-    from tasks import fitcosts, scorecosts  # which import this module
+    from tasks.planning import fitcosts, scorecosts  # which import this module
 
     return [*fitcosts.fit_costs(planned), *scorecosts.score_costs(planned)]
 

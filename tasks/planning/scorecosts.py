@@ -3,9 +3,9 @@
 from influence import costs
 from influence.layers import Layer
 from influence.streaming import MEMORY
-from tasks.fitcosts import FOOTER, HEADER, gradients_of_batch
 from tasks.layergroups import factor_bytes, spectrum_bytes
-from tasks.stagecosts import (
+from tasks.planning.fitcosts import FOOTER, HEADER, gradients_of_batch
+from tasks.planning.planned import (
     CELL,
     DOUBLE,
     GRADIENTS,

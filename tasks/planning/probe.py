@@ -33,12 +33,12 @@ from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.models import load_model, replicate
 from tasks.origin import Scratch
 from tasks.params import RunParams
+from tasks.planning.planned import Planned
+from tasks.planning.rates import Rates, of_start
+from tasks.planning.scorecosts import prepared_bytes
 from tasks.precision import DTYPES
-from tasks.rates import Rates, of_start
 from tasks.runners import cores_of_shard
-from tasks.scorecosts import prepared_bytes
 from tasks.shards import limit_torch_threads
-from tasks.stagecosts import Planned
 
 ENOUGH = 0.4  # seconds of one kind of work, after which no further batch is taken
 BATCHES = 4  # of one kind at most: five kinds, so some 20 in all

@@ -1,4 +1,4 @@
-"""`python -m tasks.startup MODEL`: what a stage's process costs before it works, as JSON.
+"""`python -m tasks.planning.startup MODEL`: what a stage's process costs before it works, as JSON.
 
 MODEL is the folder of a checkpoint, or an architecture of transformers.
 

@@ -47,7 +47,7 @@ def startup(params: RunParams, folder: Path | None) -> dict[str, float]:
         ValueError: if it fails.
     """
     trained = isinstance(params.train, Scratch) and params.train.scratch.architecture
-    command = [sys.executable, "-m", "tasks.startup", trained or str(folder)]
+    command = [sys.executable, "-m", "tasks.planning.startup", trained or str(folder)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if found.returncode:
         raise ValueError(f"a stage's process does not start: {found.stderr.strip()[-300:]}")

@@ -2,7 +2,7 @@
 
 from influence import costs
 from tasks.layergroups import factor_bytes, spectrum_bytes
-from tasks.stagecosts import DOUBLE, EIGEN, ENCODED, ROW, Planned, StageCost, training_cost
+from tasks.planning.planned import DOUBLE, EIGEN, ENCODED, ROW, Planned, StageCost, training_cost
 
 FOOTER = 6_000  # bytes that a table takes beside its rows: its schema, and where columns begin
 DOCUMENTS = 512  # that a worker tokenises at once
