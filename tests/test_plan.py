@@ -20,10 +20,11 @@ from tasks.planning.hardware import Hardware, described
 from tasks.planning.measured import Measured, measured_stages, record_stage
 from tasks.planning.model import model_sizes
 from tasks.planning.plan import plan_run
-from tasks.planning.planned import Planned, Sizes, StageCost, stage_costs
+from tasks.planning.planned import Planned, Sizes, StageCost
 from tasks.planning.probe import probe_rates
 from tasks.planning.rates import of_start
 from tasks.planning.remedies import changed, fullest, lacks, refusal, smallest_change
+from tasks.planning.stages import stage_costs
 from tasks.planning.table import compared_rows, markdown
 from tests.small_run import MODEL, SECTIONS, stage_context
 from tests.test_curvature_stages import make

@@ -20,12 +20,12 @@ from tasks.planning.hardware import described, this_machine
 from tasks.planning.measured import plan_folder
 from tasks.planning.model import model_sizes
 from tasks.planning.plan import FORM, Plan, StagePlan
-from tasks.planning.planned import Planned, Sizes, StageCost, stage_costs
+from tasks.planning.planned import Planned, Sizes, StageCost
 from tasks.planning.probe import probe_rates
-from tasks.planning.rates import Rates, of_start, startup
+from tasks.planning.rates import Rates, TextRates, of_start, startup, text_rates
 from tasks.planning.remedies import refusal
 from tasks.planning.seconds import reckoned, timed
-from tasks.planning.textrates import TextRates, text_rates
+from tasks.planning.stages import stage_costs
 from tasks.querylines import check_queries
 from tasks.runners import num_cores
 from tasks.workspace import ARTIFACTS

@@ -1,14 +1,24 @@
-"""What was timed on a machine, and what a stage's process costs there before it works."""
+"""What was timed on a machine: what a stage's process costs before it works, passes, and text."""
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from tasks.corpora import Corpus, documents
+from tasks.filter import words
+from tasks.models import Tokenizer
 from tasks.origin import Scratch
-from tasks.params import RunParams
+from tasks.params import RunParams, Tfidf
+from tasks.windows import encode
+
+SAMPLE = 128  # documents of which text is timed
+PASSES = 2  # of stage filter over the corpus: terms are counted, then scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +70,32 @@ def of_start(started: Mapping[str, float]) -> Rates:
         started["seconds"], int(started["bare_bytes"]), int(started["bytes"]),
         started["checks_seconds"], int(started["checks_bytes"]),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TextRates:
+    """Seconds a document of `tokenize`, and seconds a token of `filter`."""
+
+    tokenize: float
+    filter: float
+
+
+def text_rates(params: RunParams, corpus: Corpus, tokenizer: Tokenizer) -> TextRates:
+    """Timed on the first documents."""
+    sample = list(documents(corpus, 0, SAMPLE))
+    settings = params.tokenize
+    begun = time.perf_counter()
+    encoded = encode(tokenizer, sample, settings.bos, settings.eos)
+    tokenized = time.perf_counter() - begun
+    rows = [torch.from_numpy(each.tokens[: settings.context]) for each in encoded]
+    by_words = isinstance(params.filter, Tfidf) and params.filter.terms == "words"
+    sought = torch.arange(32)
+    begun = time.perf_counter()
+    for row in rows:
+        if by_words:
+            words(tokenizer.batch_decode([row.tolist()], skip_special_tokens=True)[0])
+        else:
+            torch.where(sought[torch.searchsorted(sought, row).clamp(max=31)] == row, 1, 0)
+    searched = time.perf_counter() - begun
+    num_tokens = sum(len(row) for row in rows)
+    return TextRates(tokenized / len(sample), PASSES * searched / max(1, num_tokens))

@@ -1,37 +1,20 @@
 """What the stages after the fit cost: queries, candidates, the top at full rank, and the checks."""
 
+from math import ceil
+
 from influence import costs
 from influence.layers import Layer
 from influence.streaming import MEMORY
 from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.planning.fitcosts import FOOTER, HEADER, gradients_of_batch
-from tasks.planning.planned import (
-    CELL,
-    DOUBLE,
-    GRADIENTS,
-    PAGE,
-    QUERIES_AT_ONCE,
-    RANK,
-    SCORE,
-    SHOWN,
-    TOKEN,
-    Planned,
-    StageCost,
-    ceil_shards,
-)
+from tasks.planning.planned import DOUBLE, Planned, StageCost
 
+QUERIES_AT_ONCE = 32  # of stage query
+GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
+# Bytes that parquet and HTML take on disk, measured: a row of scores, of a table of ranks; a layer
+# and token of a grid, a token beside it; a token of the page, and the page itself.
+SCORE, RANK, CELL, TOKEN, SHOWN, PAGE = 12, 22, 4.3, 7, 24, 155_000
 FIGURES = 60_000  # bytes of the pictures and small tables of stage validate
-
-
-def score_costs(planned: Planned) -> list[StageCost]:
-    """Of query, stream, score, validate and report."""
-    return [
-        query_cost(planned),
-        stream_cost(planned),
-        score_cost(planned),
-        validate_cost(planned),
-        report_cost(planned),
-    ]
 
 
 def prepared_bytes(planned: Planned, rank: int | None, methods: int) -> int:
@@ -49,7 +32,7 @@ def dense_bytes(planned: Planned, queries: int) -> int:
 def query_cost(planned: Planned) -> StageCost:
     """Up to 32 queries a shard; a batch's dense gradients of one layer at once."""
     queries, rank = planned.sizes.num_queries, planned.params.query.rank
-    shards = ceil_shards(queries, QUERIES_AT_ONCE)
+    shards = max(1, ceil(queries / QUERIES_AT_ONCE))
     batch = max(1, min(queries, QUERIES_AT_ONCE, int(planned.batch / planned.sizes.query_length)))
     shape, length = planned.sizes.model.shape, planned.sizes.query_length
     a_query = length * costs.pass_flop(shape, length)

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from influence import costs
 from tasks.origin import Checkpoint
 from tasks.planning.planned import Planned, StageCost
-from tasks.planning.rates import Rates
-from tasks.planning.textrates import TextRates
+from tasks.planning.rates import Rates, TextRates
 from tasks.runners import num_cores
 
 TASK = 0.15  # seconds that Prefect takes for a shard, measured: submitted, awaited, remembered
