@@ -114,9 +114,8 @@ class Experts(nn.Module):
         """Σ of the chosen experts' outputs, weighted by the router."""
         total = torch.zeros_like(hidden_states)
         chosen = top_k_index.flatten()
-        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         # A stable sort keeps each expert's tokens in their order.
-        by_expert = chosen.argsort(stable=True).split(counts)
+        by_expert = chosen.argsort(stable=True).split(self._counts(chosen))
         for number, places in enumerate(by_expert):
             if len(places):
                 rows = places // top_k_index.shape[1]
@@ -126,6 +125,13 @@ class Experts(nn.Module):
                 out = self._after(out) * top_k_weights.flatten()[places].unsqueeze(-1)
                 total.index_add_(0, rows, out.to(total.dtype))
         return total
+
+    def _counts(self, chosen: Int[Tensor, " choices"]) -> list[int]:
+        """How often each expert was chosen; all alike on the device `meta`, where nobody knows."""
+        if chosen.is_meta:
+            each, left = divmod(len(chosen), self.num_experts)
+            return [each + (number < left) for number in range(self.num_experts)]
+        return torch.bincount(chosen, minlength=self.num_experts).tolist()
 
     def _between(self, hidden: Tensor) -> Tensor:
         """The non-linearity, and the gate where there is one, as the fused module has them."""

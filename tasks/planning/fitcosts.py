@@ -74,7 +74,7 @@ def factors_cost(planned: Planned) -> StageCost:
     sequences = planned.fitted(planned.params.factors.sequences)
     shards = planned.shards(sequences)
     groups, held = planned.grouped(factor_bytes)
-    products = sequences * planned.length * costs.factor_flop(planned.layers)
+    products = sequences * planned.length * costs.factor_flop(planned.sizes.model.shape)
     packed = costs.num_packed(planned.layers)
     largest = max(costs.sides(planned.layers))
     return planned.cost(
@@ -118,7 +118,7 @@ def correct_cost(planned: Planned) -> StageCost:
     sequences = planned.fitted(planned.params.correct.sequences)
     shards = planned.shards(sequences)
     groups, held = planned.grouped(spectrum_bytes)
-    rotated = sequences * costs.spectrum_flop(planned.layers, planned.length)
+    rotated = sequences * costs.spectrum_flop(planned.layers, planned.columns(planned.length))
     numbers = costs.num_weights(planned.layers)
     names = 4 * HEADER * len(planned.layers)
     return planned.cost(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from influence.costs import ModelShape
-from influence.layers import find_layers, is_linear, share_inputs
+from influence.experts import Experts, separate_experts
+from influence.layers import Layer, find_layers, is_linear, share_inputs
+from tasks.adapters import add_shapes
 from tasks.checkpoints import cached_snapshot, read_reference
 from tasks.models import CausalLM, Unmasked, vocabulary_size, without_weights
 from tasks.origin import AdapterCheckpoint, Architecture, FineTuned, HubCheckpoint, Scratch
@@ -28,39 +30,43 @@ class ModelSizes:
         held: numbers that a pass holds for a token besides the logits.
         context: the longest sequence it reads; None: no limit.
         folder: of the checkpoint; None where it is still to be trained.
+        adapter: of a LoRA adapter beside it, if there is one.
     """
 
     shape: ModelShape
     held: float
     context: int | None
     folder: Path | None
+    adapter: Path | None = None
 
     def pass_bytes(self, itemsize: int) -> float:
         """What a pass holds for a token, with numbers of so many bytes; losses are float32."""
         return self.held * itemsize + LOGITS * self.shape.vocabulary * max(4, itemsize)
 
 
-def model_folder(params: RunParams, root: Path, train: Path) -> Path | None:
-    """Where the run's checkpoint lies now; None for a model that is not trained yet.
+def model_folders(params: RunParams, root: Path, train: Path) -> tuple[Path | None, Path | None]:
+    """Where the run's checkpoint lies now, None for a model that is not trained yet; and its
+    adapter, if it has one.
 
     Raises:
-        ValueError: a checkpoint of the hub that is not in the local cache; an adapter.
+        ValueError: a checkpoint of the hub that is not in the local cache.
     """
     if (train / "model.json").is_file():
         try:
-            return read_reference(train, root).folder
+            reference = read_reference(train, root)
+            return reference.folder, reference.adapter_folder
         except ValueError:  # its files are gone; the params may name others
             pass
     if isinstance(params.train, Scratch):
-        return None
+        return None, None
     if isinstance(params.train, FineTuned):
-        return root / params.train.finetune.path
+        return root / params.train.finetune.path, None
     checkpoint = params.train.checkpoint
     if isinstance(checkpoint, HubCheckpoint):
-        return cached_snapshot(checkpoint.hub, checkpoint.revision)
+        return cached_snapshot(checkpoint.hub, checkpoint.revision), None
     if isinstance(checkpoint, AdapterCheckpoint):
-        raise ValueError("an adapter is not counted in plans yet")
-    return root / checkpoint.path
+        return root / checkpoint.base, root / checkpoint.adapter
+    return root / checkpoint.path, None
 
 
 def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> ModelSizes:
@@ -75,20 +81,12 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
     Raises:
         ValueError: no configuration at hand, or a model whose passes depend on numbers.
     """
-    folder = model_folder(params, root, train)
-
-    def of(blocks: int | None) -> CausalLM:
-        if folder is not None:
-            return without_weights(folder, blocks)
-        assert isinstance(params.train, Scratch)
-        return _untrained(params.train.scratch, blocks)
-
-    model = of(None)
+    folder, adapter = model_folders(params, root, train)
+    model = _shapes(params, folder, adapter)
     layers, coverage = find_layers(model, params.layers)
     try:
-        probe = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-        layers = share_inputs(Unmasked(model), layers, probe)
-        kept = _kept_of_all(model, of, length)
+        layers, shares = _fed(model, layers)
+        kept = kept_numbers(model, length)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be sized without its weights: its passes depend on "
@@ -99,46 +97,85 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
     shape = ModelShape(
         layers,
         coverage.num_parameters,
-        sum(_weight(each).numel() for each in model.modules() if is_linear(each)),
+        sum(shares[name] * _weight(model.get_submodule(name)).numel() for name in shares),
         config.num_hidden_layers * config.num_attention_heads * width,
         vocabulary_size(model),
+        {layer.name: shares[layer.name] for layer in layers if layer.is_routed},
     )
     # Kept for the backward, and as much again for gradients on their way (tasks/budget.py).
-    return ModelSizes(shape, 2 * kept, getattr(config, "max_position_embeddings", None), folder)
+    context = getattr(config, "max_position_embeddings", None)
+    return ModelSizes(shape, 2 * kept, context, folder, adapter)
+
+
+def _shapes(params: RunParams, folder: Path | None, adapter: Path | None) -> CausalLM:
+    """The model as passes see it (`tasks.attributed`), on the device `meta`."""
+    if folder is not None:
+        model = without_weights(folder)
+    else:
+        assert isinstance(params.train, Scratch)
+        model = _untrained(params.train.scratch)
+    if adapter is not None:
+        add_shapes(model, adapter)
+    return cast(CausalLM, separate_experts(model).requires_grad_(False))
+
+
+def _untrained(architecture: Architecture) -> CausalLM:
+    from tasks.scratch import new_model
+
+    with torch.device("meta"):
+        model = new_model(architecture, architecture.vocabulary)
+    model.config.use_cache = False
+    return cast(CausalLM, model.eval())
+
+
+def _fed(model: CausalLM, layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], dict[str, float]]:
+    """The layers with their input groups; and of every matrix that a token may be multiplied with,
+    tokens that it is ÷ all, by name of the module."""
+    length = max([2, *(each.num_experts for each in model.modules() if isinstance(each, Experts))])
+    shares: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].numel() // inputs[0].shape[-1]
+            shares[name] = shares.get(name, 0.0) + rows / length
+
+        return count
+
+    handles = [
+        each.register_forward_pre_hook(watch(name))
+        for name, each in model.named_modules()
+        if is_linear(each) or _is_router(each)
+    ]
+    try:
+        probe = torch.zeros(1, length, dtype=torch.int64, device="meta")
+        return share_inputs(Unmasked(model), layers, probe), shares
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Most hold the matrix themselves, and go on to choose."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Router") and isinstance(weight, Tensor)
 
 
 def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
-def _untrained(architecture: Architecture, blocks: int | None) -> CausalLM:
-    from tasks.scratch import new_model
-
-    wanted = {} if blocks is None else {"layers": blocks}
-    with torch.device("meta"):
-        model = new_model(architecture.model_copy(update=wanted), architecture.vocabulary)
-    model.config.use_cache = False
-    return cast(CausalLM, model.eval().requires_grad_(False))
-
-
-def _kept_of_all(model: CausalLM, of: Callable[[int | None], CausalLM], length: int) -> float:
-    """Of one block and of two: what a further one adds, all others add as well."""
-    blocks = model.config.num_hidden_layers
-    one = kept_numbers(of(1), length)
-    return one if blocks == 1 else one + (blocks - 1) * (kept_numbers(of(2), length) - one)
-
-
 def kept_numbers(model: CausalLM, length: int) -> float:
     """Numbers a token that autograd keeps of a pass through a model on the device `meta`.
 
     Fused attention keeps no table of positions by positions; on this device it is not fused, and
-    the table is left out.
+    the table is left out, unless the model's own is not fused either.
     """
+    fused = model.config._attn_implementation != "eager"
     own = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, tuple[Tensor, int]] = {}  # a tensor held keeps its identity unique
 
     def keep(tensor: Tensor) -> Tensor:
-        if _identity(tensor) not in own and not _is_table(tensor.shape, length):
+        if _identity(tensor) not in own and not (fused and _is_table(tensor.shape, length)):
             kept[_identity(tensor)] = tensor, tensor.untyped_storage().nbytes()
         return tensor
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
 
 from influence import costs
 from influence.layers import Layer, layer_groups
@@ -95,6 +97,27 @@ class Planned:
     def length(self) -> float:
         """Tokens of a sequence, on average."""
         return self.sizes.corpus.length
+
+    def columns(self, length: float, sequences: float = float("inf")) -> costs.Length:
+        """Tokens of a sequence that a layer's part of a batch has room for.
+
+        Of an expert, as many as the sequence with most tokens there sends (`influence.experts`), if
+        each token chooses by chance: the largest of as many binomials as the batch has sequences.
+
+        Args:
+            length: tokens of a sequence.
+            sequences: that there are, of which a batch may hold fewer.
+        """
+        shape = self.sizes.model.shape
+        sequences = max(1.0, min(sequences, self.batch / length))
+        normal = NormalDist().inv_cdf((sequences - 0.375) / (sequences + 0.25))  # Blom 1958
+
+        def of(layer: Layer) -> float:
+            share = shape.share(layer)
+            most = share * length + normal * sqrt(share * (1 - share) * length)
+            return min(length, max(1.0, most))
+
+        return of
 
     @property
     def batch(self) -> int:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from tasks.filter import words
 from tasks.models import Tokenizer
 from tasks.origin import Scratch
 from tasks.params import RunParams, Tfidf
+from tasks.planning.model import ModelSizes
 from tasks.windows import encode
 
 SAMPLE = 128  # documents of which text is timed
@@ -50,14 +50,15 @@ class Rates:
     flops: float | None = None
 
 
-def startup(params: RunParams, folder: Path | None) -> dict[str, float]:
-    """What a process costs before it works.
+def startup(params: RunParams, sizes: ModelSizes) -> dict[str, float]:
+    """What a process with this model costs before it works.
 
     Raises:
         ValueError: if it fails.
     """
     trained = isinstance(params.train, Scratch) and params.train.scratch.architecture
-    command = [sys.executable, "-m", "tasks.planning.startup", trained or str(folder)]
+    given = [trained or sizes.folder, *([sizes.adapter] if sizes.adapter else [])]
+    command = [sys.executable, "-m", "tasks.planning.startup", *map(str, given)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if found.returncode:
         raise ValueError(f"a stage's process does not start: {found.stderr.strip()[-300:]}")
