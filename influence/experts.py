@@ -114,11 +114,11 @@ class Experts(nn.Module):
         """Σ of the chosen experts' outputs, weighted by the router."""
         total = torch.zeros_like(hidden_states)
         chosen = top_k_index.flatten()
-        # A stable sort keeps each expert's tokens in their order.
-        by_expert = chosen.argsort(stable=True).split(self._counts(chosen))
-        for number, places in enumerate(by_expert):
+        order = chosen.argsort(stable=True)  # stable: each expert's tokens stay in their order
+        counts, tokens = self._counts(chosen), order // top_k_index.shape[1]
+        of_experts = zip(order.split(counts), tokens.split(counts), strict=True)
+        for number, (places, rows) in enumerate(of_experts):
             if len(places):
-                rows = places // top_k_index.shape[1]
                 expert, route = self.get_submodule(str(number)), Route(rows, len(hidden_states))
                 hidden = getattr(expert, self.up)(hidden_states[rows], route)
                 out = getattr(expert, self.down)(self._between(hidden), route)

@@ -7,10 +7,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from influence.costs import ModelShape
 from influence.experts import Experts, separate_experts
-from influence.layers import Layer, find_layers, is_linear, share_inputs
+from influence.layers import find_layers, is_linear, share_inputs
 from tasks.adapters import add_shapes
 from tasks.checkpoints import cached_snapshot, read_reference
 from tasks.models import CausalLM, Unmasked, vocabulary_size, without_weights
@@ -84,9 +85,12 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
     folder, adapter = model_folders(params, root, train)
     model = _shapes(params, folder, adapter)
     layers, coverage = find_layers(model, params.layers)
+    # So many that each expert gets as many as any other.
+    experts = [1, *(each.num_experts for each in model.modules() if isinstance(each, Experts))]
+    tokens = torch.zeros(1, length + -length % max(experts), dtype=torch.int64, device="meta")
+    watched = Watched(model)
     try:
-        layers, shares = _fed(model, layers)
-        kept = kept_numbers(model, length)
+        layers = share_inputs(watched, layers, tokens)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be sized without its weights: its passes depend on "
@@ -97,14 +101,17 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
     shape = ModelShape(
         layers,
         coverage.num_parameters,
-        sum(shares[name] * _weight(model.get_submodule(name)).numel() for name in shares),
+        sum(
+            share * _weight(model.get_submodule(name)).numel()
+            for name, share in watched.shares.items()
+        ),
         config.num_hidden_layers * config.num_attention_heads * width,
         vocabulary_size(model),
-        {layer.name: shares[layer.name] for layer in layers if layer.is_routed},
+        {each.name: watched.shares[each.name] for each in layers if each.is_routed},
     )
     # Kept for the backward, and as much again for gradients on their way (tasks/budget.py).
     context = getattr(config, "max_position_embeddings", None)
-    return ModelSizes(shape, 2 * kept, context, folder, adapter)
+    return ModelSizes(shape, 2 * watched.kept, context, folder, adapter)
 
 
 def _shapes(params: RunParams, folder: Path | None, adapter: Path | None) -> CausalLM:
@@ -128,69 +135,75 @@ def _untrained(architecture: Architecture) -> CausalLM:
     return cast(CausalLM, model.eval())
 
 
-def _fed(model: CausalLM, layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], dict[str, float]]:
-    """The layers with their input groups; and of every matrix that a token may be multiplied with,
-    tokens that it is ÷ all, by name of the module."""
-    length = max([2, *(each.num_experts for each in model.modules() if isinstance(each, Experts))])
-    shares: dict[str, float] = {}
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].numel() // inputs[0].shape[-1]
-            shares[name] = shares.get(name, 0.0) + rows / length
 
-        return count
+class Watched(nn.Module):
+    """A model on the device `meta`, and what its last pass would do and keep elsewhere.
 
-    handles = [
-        each.register_forward_pre_hook(watch(name))
-        for name, each in model.named_modules()
-        if is_linear(each) or _is_router(each)
-    ]
-    try:
-        probe = torch.zeros(1, length, dtype=torch.int64, device="meta")
-        return share_inputs(Unmasked(model), layers, probe), shares
-    finally:
-        for handle in handles:
-            handle.remove()
+    Attributes:
+        shares: tokens that are multiplied with a matrix ÷ all, by the name of its module.
+        kept: numbers a token that autograd keeps. Fused attention keeps no table of positions by
+            positions; on this device it is not fused, and the table is left out, unless the model's
+            own is not fused either.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self._model = model
+        self.shares: dict[str, float] = {}
+        self.kept = 0.0
+
+    def forward(self, tokens: Tensor) -> None:
+        """Pass; `share_inputs` allows no gradients, without which nothing would be kept."""
+        self.shares = {}
+        model, length = self._model, tokens.shape[1]
+        fused = model.config._attn_implementation != "eager"
+        own = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        kept: dict[int, tuple[Tensor, int]] = {}  # a tensor held keeps its identity unique
+
+        def keep(tensor: Tensor) -> Tensor:
+            if _identity(tensor) not in own and not (fused and _is_table(tensor.shape, length)):
+                kept[_identity(tensor)] = tensor, tensor.untyped_storage().nbytes()
+            return tensor
+
+        embedding = cast(nn.Module, model.get_input_embeddings())
+        handles = [embedding.register_forward_hook(_begin), *self._count(length)]
+        try:
+            with (
+                torch.enable_grad(),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
+                Unmasked(model)(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.kept = sum(num_bytes for _, num_bytes in kept.values()) / NUMBER / length
+
+    def _count(self, length: int) -> list[RemovableHandle]:
+        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                rows = inputs[0].numel() // inputs[0].shape[-1]
+                self.shares[name] = self.shares.get(name, 0.0) + rows / length
+
+            return count
+
+        return [
+            each.register_forward_pre_hook(watch(name))
+            for name, each in self._model.named_modules()
+            if is_linear(each) or _is_router(each)
+        ]
+
+
+def _begin(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_()
 
 
 def _is_router(module: nn.Module) -> bool:
     """Most hold the matrix themselves, and go on to choose."""
     weight = getattr(module, "weight", None)
     return type(module).__name__.endswith("Router") and isinstance(weight, Tensor)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    return cast(Tensor, module.weight)
-
-
-def kept_numbers(model: CausalLM, length: int) -> float:
-    """Numbers a token that autograd keeps of a pass through a model on the device `meta`.
-
-    Fused attention keeps no table of positions by positions; on this device it is not fused, and
-    the table is left out, unless the model's own is not fused either.
-    """
-    fused = model.config._attn_implementation != "eager"
-    own = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, tuple[Tensor, int]] = {}  # a tensor held keeps its identity unique
-
-    def keep(tensor: Tensor) -> Tensor:
-        if _identity(tensor) not in own and not (fused and _is_table(tensor.shape, length)):
-            kept[_identity(tensor)] = tensor, tensor.untyped_storage().nbytes()
-        return tensor
-
-    def begin(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
-
-    embedding = cast(nn.Module, model.get_input_embeddings())
-    handle = embedding.register_forward_hook(begin)
-    tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            Unmasked(model)(tokens)
-    finally:
-        handle.remove()
-    return sum(num_bytes for _, num_bytes in kept.values()) / NUMBER / length
 
 
 def _identity(tensor: Tensor) -> int:
