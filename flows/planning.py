@@ -13,10 +13,10 @@ from typing import Any
 from flows import environment
 from tasks import dvcstage
 from tasks.active import load_active
-from tasks.measured import measured_stages
 from tasks.params import load_params
-from tasks.plan import Plan, fitting_plan, plan_key, plan_run, stored_plan
-from tasks.plantable import COLUMNS, COMPARED, compared_rows, markdown, plan_rows, terminal
+from tasks.planning.measured import measured_stages
+from tasks.planning.plan import Plan, fitting_plan, plan_key, plan_run, stored_plan
+from tasks.planning.table import COLUMNS, COMPARED, compared_rows, markdown, plan_rows, terminal
 from tasks.progress import say
 from tasks.validation.settings import is_benchmark
 from tasks.workspace import STAGES

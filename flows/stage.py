@@ -25,8 +25,9 @@ from flows.processes import (
     end_with_parent,
     have_witness,
 )
-from tasks import dvcstage, measured, workspace
+from tasks import dvcstage, workspace
 from tasks.params import load_params
+from tasks.planning import measured
 from tasks.progress import duration, say
 from tasks.validation import results
 from tasks.validation.context import BenchmarkContext

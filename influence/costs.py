@@ -5,8 +5,8 @@ over the same tokens, 6 FLOP a weight and token and what attention adds (Kaplan 
 Which form of a product runs is asked of the code that chooses it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -18,6 +18,7 @@ from influence.lowrank import ITERATIONS, SPARE, LowRank
 from influence.sums import BLOCK
 
 Number = int | float  # whole or an average
+Length = Callable[[Layer], Number]  # tokens of a sequence that a layer sees; an expert sees some
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +28,23 @@ class ModelShape:
     Attributes:
         layers: the attributed ones; their modules may be on the meta device.
         num_parameters: all, tied ones once.
-        num_multiplied: weights that each token is multiplied with: all linear layers, the head too.
+        num_multiplied: weights that a token is multiplied with: all linear layers, the head too; of
+            experts those that it is routed to.
         attention: width of queries and keys, summed over the blocks.
         vocabulary: columns of the logits.
+        routed: tokens that reach an expert's layer ÷ all, by its name, if all are chosen alike.
     """
 
     layers: tuple[Layer, ...]
     num_parameters: int
-    num_multiplied: int
+    num_multiplied: Number
     attention: int
     vocabulary: int
+    routed: Mapping[str, float] = field(default_factory=dict)
+
+    def share(self, layer: Layer) -> float:
+        """Tokens that reach a layer ÷ all."""
+        return self.routed.get(layer.name, 1.0)
 
 
 def inputs_of(layers: Sequence[Layer]) -> list[int]:
@@ -91,9 +99,11 @@ def pass_flop(model: ModelShape, length: Number) -> Number:
     return 4 * model.num_multiplied + 12 * model.attention * length
 
 
-def factor_flop(layers: Sequence[Layer]) -> Number:
+def factor_flop(model: ModelShape) -> Number:
     """Of one token: its products for A and S, of which blocks below the diagonal are left out."""
-    return sum(2 * _upper(size) for size in sides(layers))
+    inputs = {layer.input_group: (layer, layer.d_in) for layer in model.layers}
+    both = [*inputs.values(), *((layer, layer.d_out) for layer in model.layers)]
+    return sum(2 * model.share(layer) * _upper(size) for layer, size in both)
 
 
 def _upper(size: int) -> int:
@@ -116,9 +126,9 @@ def _rotation_flop(i: int, o: int, length: Number) -> Number:
     return 2 * inputs * i**2 + 2 * outputs * o**2 + 2 * length * i * o
 
 
-def spectrum_flop(layers: Sequence[Layer], length: Number) -> Number:
+def spectrum_flop(layers: Sequence[Layer], length: Length) -> Number:
     """Of one sequence: rotated gradients, squared and added."""
-    return sum(rotation_flop(each, length) + 2 * each.d_in * each.d_out for each in layers)
+    return sum(rotation_flop(each, length(each)) + 2 * each.d_in * each.d_out for each in layers)
 
 
 def eigen_flop(size: int) -> Number:
@@ -129,12 +139,12 @@ def eigen_flop(size: int) -> Number:
     return 9.0 * size**3
 
 
-def query_flop(layers: Sequence[Layer], length: Number, rank: int | None, solved: int) -> Number:
+def query_flop(layers: Sequence[Layer], length: Length, rank: int | None, solved: int) -> Number:
     """Of one query: its gradient rotated, divided and truncated, once a damping.
 
     Args:
         layers: the attributed ones.
-        length: tokens of prompt and completion.
+        length: tokens of prompt and completion that reach a layer.
         rank: of what is kept.
         solved: dampings.
     """
@@ -143,7 +153,7 @@ def query_flop(layers: Sequence[Layer], length: Number, rank: int | None, solved
         kept = kept_rank(layer, rank)
         back = 2 * kept * (layer.d_in**2 + layer.d_out**2)
         each = truncation_flop(layer, rank) + back
-        total += solved * (rotation_flop(layer, length) + each)
+        total += solved * (rotation_flop(layer, length(layer)) + each)
     return total
 
 

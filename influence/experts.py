@@ -114,18 +114,24 @@ class Experts(nn.Module):
         """Σ of the chosen experts' outputs, weighted by the router."""
         total = torch.zeros_like(hidden_states)
         chosen = top_k_index.flatten()
-        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
-        # A stable sort keeps each expert's tokens in their order.
-        by_expert = chosen.argsort(stable=True).split(counts)
-        for number, places in enumerate(by_expert):
+        order = chosen.argsort(stable=True)  # stable: each expert's tokens stay in their order
+        counts, tokens = self._counts(chosen), order // top_k_index.shape[1]
+        of_experts = zip(order.split(counts), tokens.split(counts), strict=True)
+        for number, (places, rows) in enumerate(of_experts):
             if len(places):
-                rows = places // top_k_index.shape[1]
                 expert, route = self.get_submodule(str(number)), Route(rows, len(hidden_states))
                 hidden = getattr(expert, self.up)(hidden_states[rows], route)
                 out = getattr(expert, self.down)(self._between(hidden), route)
                 out = self._after(out) * top_k_weights.flatten()[places].unsqueeze(-1)
                 total.index_add_(0, rows, out.to(total.dtype))
         return total
+
+    def _counts(self, chosen: Int[Tensor, " choices"]) -> list[int]:
+        """How often each expert was chosen; all alike on the device `meta`, where nobody knows."""
+        if chosen.is_meta:
+            each, left = divmod(len(chosen), self.num_experts)
+            return [each + (number < left) for number in range(self.num_experts)]
+        return torch.bincount(chosen, minlength=self.num_experts).tolist()
 
     def _between(self, hidden: Tensor) -> Tensor:
         """The non-linearity, and the gate where there is one, as the fused module has them."""

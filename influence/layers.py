@@ -195,19 +195,23 @@ def layer_groups(
 
     Args:
         layers: of one model.
-        size: what layers want together.
+        size: what layers want together; of layers that share no input, the sum of what each wants.
         memory: the budget, in the unit of `size`.
     """
     sharing: dict[str, list[Layer]] = {}
     for layer in layers:
         sharing.setdefault(layer.input_group, []).append(layer)
-    groups: list[tuple[Layer, ...]] = []
+    groups: list[list[Layer]] = []
+    held = 0
     for together in sharing.values():
-        if groups and size([*groups[-1], *together]) <= memory:
-            groups[-1] += tuple(together)
+        wanted = size(together)  # added up: a mixture of experts has layers by the thousand
+        if groups and held + wanted <= memory:
+            groups[-1] += together
+            held += wanted
         else:
-            groups.append(tuple(together))
-    return groups
+            groups.append(together)
+            held = wanted
+    return [tuple(group) for group in groups]
 
 
 def _window(layer: Layer) -> tuple[object, ...]:

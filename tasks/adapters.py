@@ -7,6 +7,7 @@ of their own, which scores can speak for (`layers: [adapter]`).
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tasks import store
@@ -26,13 +27,14 @@ def add_adapter(model: nn.Module, folder: Path) -> None:
         ValueError: no adapter there, one of another kind than plain LoRA, weights that are not in
             safetensors, or that do not belong to this model; or peft is not installed.
     """
-    peft = _peft()
+    peft = peft_module()
     config = _config(peft, folder)
-    try:
-        peft.inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ValueError(f"{folder}: does not fit the base model ({error})") from error
-    _check_plain(model, folder)
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder}: no {WEIGHTS} there; only safetensors are read (a .bin file can run code "
+            "when it is loaded): save the adapter with save_pretrained(folder)"
+        )
+    _inject(peft, config, model, folder)
     result = peft.set_peft_model_state_dict(model, store.read_tensors(folder / WEIGHTS))
     # peft only warns here, and goes on with random weights.
     lacking = [name for name in result.missing_keys if "lora_" in name or "_to_save" in name]
@@ -46,16 +48,33 @@ def add_adapter(model: nn.Module, folder: Path) -> None:
     model.to(dtype)
 
 
+def add_shapes(model: nn.Module, folder: Path) -> None:
+    """The same matrices without numbers, beside a model on the device `meta`, from the adapter's
+    configuration alone.
+
+    Raises:
+        ValueError: as `add_adapter`, but for its weights, which need not be there.
+    """
+    peft = peft_module()
+    config = _config(peft, folder)
+    config.init_lora_weights = False  # some ways to begin decompose the weights of the base
+    with torch.device("meta"):
+        _inject(peft, config, model, folder)
+
+
+def _inject(peft: Any, config: Any, model: nn.Module, folder: Path) -> None:
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: does not fit the base model ({error})") from error
+    _check_plain(model, folder)
+
+
 def _config(peft: Any, folder: Path) -> Any:
     if not is_adapter(folder):
         raise ValueError(
             f"{folder}: no adapter there; a folder with {CONFIG} and {WEIGHTS} is wanted, as "
             "peft's save_pretrained writes it"
-        )
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(
-            f"{folder}: no {WEIGHTS} there; only safetensors are read (a .bin file can run code "
-            "when it is loaded): save the adapter with save_pretrained(folder)"
         )
     kind = store.read_json(folder / CONFIG).get("peft_type")
     if kind != "LORA":
@@ -82,7 +101,12 @@ def _check_plain(model: nn.Module, folder: Path) -> None:
             )
 
 
-def _peft() -> Any:
+def peft_module() -> Any:
+    """The package peft.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:

@@ -72,9 +72,9 @@ DOORS = {
     "psutil": (
         "tasks/workers.py",
         "tasks/budget.py",
-        "tasks/hardware.py",
-        "tasks/measured.py",
-        "tasks/startup.py",
+        "tasks/planning/hardware.py",
+        "tasks/planning/measured.py",
+        "tasks/planning/startup.py",
         "flows/*.py",
     ),
     "matplotlib": ("tasks/figures.py", "tasks/validation/pictures.py"),

@@ -13,11 +13,11 @@ from torch import nn
 
 from influence.layers import find_layers
 from tasks import attributed, budget, layergroups, models, shards, store
-from tasks.hardware import Hardware
 from tasks.layergroups import factor_bytes, layer_memory, on_fullest
 from tasks.models import load_model, replicate, without_weights
 from tasks.params import Runtime
 from tasks.placement import placement, spread
+from tasks.planning.hardware import Hardware
 from tasks.precision import devices_of
 from tests.devices import pretended
 from tests.small_run import MODEL, SECTIONS

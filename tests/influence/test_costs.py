@@ -103,7 +103,7 @@ def test_covariances_multiply_one_half_where_blocks_are_many(width):
     one = layer(width, width)
     rows, into = torch.randn(3, width), torch.zeros(width, width)
     done = counted(lambda: add_upper_moment(into, rows))
-    assert 2 * done == 3 * costs.factor_flop([one])  # of A and S, three tokens
+    assert 2 * done == 3 * costs.factor_flop(ModelShape((one,), 0, 0, 0, 0))  # A and S, 3 tokens
 
 
 @pytest.mark.parametrize("length", [3, 10, 40])

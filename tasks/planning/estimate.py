@@ -9,25 +9,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from influence.costs import training_flop
+from influence.costs import num_weights, training_flop
 from tasks import store
 from tasks.corpora import Corpus
-from tasks.corpussize import CHARACTERS, corpus_size
-from tasks.hardware import described, this_machine
-from tasks.measured import plan_folder
 from tasks.models import Tokenizer, load_tokenizer
-from tasks.modelsizes import model_sizes
 from tasks.params import RunParams, load_params
-from tasks.plan import FORM, Plan, StagePlan
+from tasks.planning.corpus import CHARACTERS, corpus_size
+from tasks.planning.hardware import described, this_machine
+from tasks.planning.measured import plan_folder
+from tasks.planning.model import ModelSizes, model_sizes
+from tasks.planning.plan import FORM, Plan, StagePlan
+from tasks.planning.planned import Planned, Sizes, StageCost
+from tasks.planning.probe import probe_rates
+from tasks.planning.rates import Rates, TextRates, of_start, startup, text_rates
+from tasks.planning.remedies import refusal
+from tasks.planning.seconds import reckoned, timed
+from tasks.planning.stages import stage_costs
 from tasks.precision import SPREAD, resolve_device
-from tasks.probe import probe_rates
 from tasks.querylines import check_queries
-from tasks.rates import Rates, of_start, startup
-from tasks.remedies import refusal
 from tasks.runners import num_cores
-from tasks.stagecosts import Planned, Sizes, StageCost, stage_costs
-from tasks.stageseconds import reckoned, timed
-from tasks.textrates import TextRates, text_rates
 from tasks.workspace import ARTIFACTS
 
 # Bytes of a stage's process where none was probed: torch, Prefect, DVC; and those with a model.
@@ -45,7 +45,7 @@ def estimated(
     here = this_machine(root, device if hardware is None else "cpu")
     sizes, tokenizer = run_sizes(root, params, root / ARTIFACTS / fit)
     told = [
-        f"model: {sizes.model.shape.num_parameters:,} parameters",
+        _told(sizes.model),
         f"corpus: {sizes.corpus.num_sequences:,} sequences, {sizes.corpus.num_tokens:,} tokens "
         f"({sizes.corpus.told})",
     ]
@@ -70,6 +70,16 @@ def estimated(
     lines = tuple(_stage_plan(planned, each, seconds.get(each.stage)) for each in stages)
     faults, blocked = refusal(planned, root, run, fit)
     return Plan(run, key, tuple(told), lines, tuple(faults), tuple(blocked), probe)
+
+
+def _told(model: ModelSizes) -> str:
+    """The model in words."""
+    shape, weights = model.shape, num_weights(model.shape.layers)
+    beside = " with an adapter" if model.adapter else ""
+    told = f"model{beside}: {shape.num_parameters:,} parameters"
+    if shape.routed:
+        told += f", of which a token meets {shape.num_multiplied:,.0f}"
+    return f"{told}; attributed are {weights:,} in {len(shape.layers):,} layers"
 
 
 def _with_checks(cost: StageCost, rates: Rates) -> StageCost:
@@ -141,7 +151,7 @@ def _rates(
         return None, None, f"time: not probed; `python -m flows plan {run}` does"
     corpus, text = Corpus.of(planned.params.corpus, root), None
     try:
-        started = startup(planned.params, planned.sizes.model.folder)
+        started = startup(planned.params, planned.sizes.model)
         if tokenizer is not None:
             text = text_rates(planned.params, corpus, tokenizer)
     except (ValueError, OSError) as error:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from tasks.measured import Measured
-from tasks.plan import Plan, StagePlan
+from tasks.planning.measured import Measured
+from tasks.planning.plan import Plan, StagePlan
 from tasks.progress import duration
 
 COLUMNS = ("stage", "tokens", "fb", "device", "host", "disk", "partial", "time", "shards", "groups")

@@ -1,6 +1,6 @@
 """What a run will cost, before it runs: its stages' work, memory, files and time, and what fits.
 
-The figures are arithmetic over shapes (`influence.costs`, `tasks.stagecosts`); time is that
+The figures are arithmetic over shapes (`influence.costs`, `tasks.planning.planned`); time is that
 arithmetic at rates that a short probe of the run's own model found, or that a person gives.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tasks import store
-from tasks.hardware import this_machine
-from tasks.measured import plan_folder
 from tasks.params import RunParams, load_params
+from tasks.planning.hardware import this_machine
+from tasks.planning.measured import plan_folder
 from tasks.workspace import ARTIFACTS
 
 PLAN = "plan.json"
@@ -85,7 +85,9 @@ def plan_run(
     stored = fitting_plan(root, run, key) if hardware is None and not anew else None
     if stored and (stored.probed or not probe):
         return stored
-    from tasks.estimate import estimated  # torch, which a plan that is stored does not need
+    from tasks.planning.estimate import (
+        estimated,  # torch, which a plan that is stored does not need
+    )
 
     made = estimated(root, run, fit, key, hardware, anew, probe)
     if hardware is None:

@@ -9,21 +9,23 @@ import pytest
 from transformers import LlamaConfig
 
 from flows import planning
-from tasks import estimate, measured, plan, probe, store
-from tasks.corpussize import corpus_size, sampled_size
-from tasks.estimate import run_sizes
-from tasks.fitcosts import HEADER
-from tasks.hardware import Hardware, described
-from tasks.measured import Measured, measured_stages, record_stage
+from tasks import store
 from tasks.models import load_tokenizer
-from tasks.modelsizes import model_sizes
 from tasks.params import RunParams
-from tasks.plan import plan_run
-from tasks.plantable import compared_rows, markdown
-from tasks.probe import probe_rates
-from tasks.rates import of_start
-from tasks.remedies import changed, fullest, lacks, refusal, smallest_change
-from tasks.stagecosts import Planned, Sizes, StageCost, stage_costs
+from tasks.planning import estimate, measured, plan, probe
+from tasks.planning.corpus import corpus_size, sampled_size
+from tasks.planning.estimate import run_sizes
+from tasks.planning.fitcosts import HEADER
+from tasks.planning.hardware import Hardware, described
+from tasks.planning.measured import Measured, measured_stages, record_stage
+from tasks.planning.model import model_sizes
+from tasks.planning.plan import plan_run
+from tasks.planning.planned import Planned, Sizes, StageCost
+from tasks.planning.probe import probe_rates
+from tasks.planning.rates import of_start
+from tasks.planning.remedies import changed, fullest, lacks, refusal, smallest_change
+from tasks.planning.stages import stage_costs
+from tasks.planning.table import compared_rows, markdown
 from tests.small_run import MODEL, SECTIONS, stage_context
 from tests.test_curvature_stages import make
 

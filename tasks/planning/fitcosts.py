@@ -2,24 +2,36 @@
 
 from influence import costs
 from tasks.layergroups import factor_bytes, spectrum_bytes
-from tasks.stagecosts import DOUBLE, EIGEN, ENCODED, ROW, Planned, StageCost, training_cost
+from tasks.origin import Checkpoint, Scratch
+from tasks.planning.planned import DOUBLE, Planned, StageCost
 
+EIGEN = 6 * DOUBLE  # bytes a number of a matrix that is decomposed: copies and LAPACK's workspace
+ENCODED = 270  # bytes of a token while a tokenizer has it, with its place in the text
+ROW = 20  # bytes that a sequence takes in the table of the corpus, measured
 FOOTER = 6_000  # bytes that a table takes beside its rows: its schema, and where columns begin
 TEXT = 2.0  # bytes of a token's text, compressed, until it is tokenised
 DOCUMENTS = 512  # that a worker tokenises at once
 HEADER = 105  # bytes that a tensor's entry takes in a file of tensors
 
 
-def fit_costs(planned: Planned) -> list[StageCost]:
-    """Of train, tokenize, filter, factors, eigen and correct."""
-    return [
-        training_cost(planned),
-        tokenize_cost(planned),
-        filter_cost(planned),
-        factors_cost(planned),
-        eigen_cost(planned),
-        correct_cost(planned),
-    ]
+def training_cost(planned: Planned) -> StageCost:
+    """Stage `train`: all of the model in float32, to check it or to train it."""
+    shape, train = planned.sizes.model.shape, planned.params.train
+    weights = 4.0 * shape.num_parameters
+    if isinstance(train, Checkpoint):
+        return planned.cost("train", host=planned.sizes.base + weights, disk=700)
+    told = train.scratch if isinstance(train, Scratch) else train.finetune
+    length = train.scratch.context if isinstance(train, Scratch) else planned.length
+    sequences = told.steps * told.batch
+    held = told.batch * length * planned.sizes.model.pass_bytes(4)
+    return planned.cost(
+        "train",
+        sequences=sequences,
+        tokens=sequences * length,
+        flop=sequences * length * costs.training_flop(shape, length),
+        host=planned.sizes.base + 4 * weights + held,  # weights, gradients, Adam's two moments
+        disk=weights + 35 * shape.vocabulary + 9000,  # and the tokenizer, losses, digests
+    )
 
 
 def tokenize_cost(planned: Planned) -> StageCost:
@@ -64,7 +76,7 @@ def factors_cost(planned: Planned) -> StageCost:
     sequences = planned.fitted(planned.params.factors.sequences)
     shards = planned.shards(sequences)
     groups, held = planned.grouped(factor_bytes)
-    products = sequences * planned.length * costs.factor_flop(planned.layers)
+    products = sequences * planned.length * costs.factor_flop(planned.sizes.model.shape)
     packed = costs.num_packed(planned.layers)
     largest = max(costs.sides(planned.layers))
     return planned.cost(
@@ -108,7 +120,7 @@ def correct_cost(planned: Planned) -> StageCost:
     sequences = planned.fitted(planned.params.correct.sequences)
     shards = planned.shards(sequences)
     groups, held = planned.grouped(spectrum_bytes)
-    rotated = sequences * costs.spectrum_flop(planned.layers, planned.length)
+    rotated = sequences * costs.spectrum_flop(planned.layers, planned.columns(planned.length))
     numbers = costs.num_weights(planned.layers)
     names = 4 * HEADER * len(planned.layers)
     return planned.cost(

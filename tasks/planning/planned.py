@@ -1,31 +1,21 @@
-"""What each stage of a run costs: work, memory and files, from sizes alone.
-
-Each figure follows the stage's code: what it holds at once, what it writes, and in which dtype.
-"""
+"""A run that is planned: what is large about it, on a machine; and the form of a stage's costs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import sqrt
+from statistics import NormalDist
 
 from influence import costs
 from influence.layers import Layer, layer_groups
 from tasks.budget import fitting_tokens
-from tasks.corpussize import CorpusSize
-from tasks.hardware import Hardware
 from tasks.layergroups import SHARE
-from tasks.modelsizes import ModelSizes
-from tasks.origin import Checkpoint, Scratch
 from tasks.params import RunParams, Tfidf
+from tasks.planning.corpus import CorpusSize
+from tasks.planning.hardware import Hardware
+from tasks.planning.model import ModelSizes
 from tasks.precision import DTYPES, dtype_at_rest
 
 DOUBLE = 8  # bytes of a number of the sums that shards leave
-EIGEN = 6 * DOUBLE  # bytes a number of a matrix that is decomposed: copies and LAPACK's workspace
-QUERIES_AT_ONCE = 32  # of stage query
-GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
-ENCODED = 270  # bytes of a token while a tokenizer has it, with its place in the text
-# Bytes that parquet and HTML take on disk, measured: a row of scores, of a table of ranks, of the
-# corpus; a layer and token of a grid, a token beside it; a token of the page, and the page itself.
-SCORE, RANK, ROW, CELL, TOKEN, SHOWN, PAGE = 12, 22, 20, 4.3, 7, 24, 155_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +98,27 @@ class Planned:
         """Tokens of a sequence, on average."""
         return self.sizes.corpus.length
 
+    def columns(self, length: float, sequences: float = float("inf")) -> costs.Length:
+        """Tokens of a sequence that a layer's part of a batch has room for.
+
+        Of an expert, as many as the sequence with most tokens there sends (`influence.experts`), if
+        each token chooses by chance: the largest of as many binomials as the batch has sequences.
+
+        Args:
+            length: tokens of a sequence.
+            sequences: that there are, of which a batch may hold fewer.
+        """
+        shape = self.sizes.model.shape
+        sequences = max(1.0, min(sequences, self.batch / length))
+        normal = NormalDist().inv_cdf((sequences - 0.375) / (sequences + 0.25))  # Blom 1958
+
+        def of(layer: Layer) -> float:
+            share = shape.share(layer)
+            most = share * length + normal * sqrt(share * (1 - share) * length)
+            return min(length, max(1.0, most))
+
+        return of
+
     @property
     def batch(self) -> int:
         """Tokens of a batch."""
@@ -182,35 +193,3 @@ class Planned:
         if self.hardware.device_memory is None:
             return {"device": device, "host": base + device}
         return {"device": device, "host": base + processes * self.weights}  # loaded there first
-
-
-def stage_costs(planned: Planned) -> list[StageCost]:
-    """Of every stage, in their order."""
-    from tasks import fitcosts, scorecosts  # which import this module
-
-    return [*fitcosts.fit_costs(planned), *scorecosts.score_costs(planned)]
-
-
-def training_cost(planned: Planned) -> StageCost:
-    """Stage `train`: all of the model in float32, to check it or to train it."""
-    shape, train = planned.sizes.model.shape, planned.params.train
-    weights = 4.0 * shape.num_parameters
-    if isinstance(train, Checkpoint):
-        return planned.cost("train", host=planned.sizes.base + weights, disk=700)
-    told = train.scratch if isinstance(train, Scratch) else train.finetune
-    length = train.scratch.context if isinstance(train, Scratch) else planned.length
-    sequences = told.steps * told.batch
-    held = told.batch * length * planned.sizes.model.pass_bytes(4)
-    return planned.cost(
-        "train",
-        sequences=sequences,
-        tokens=sequences * length,
-        flop=sequences * length * costs.training_flop(shape, length),
-        host=planned.sizes.base + 4 * weights + held,  # weights, gradients, Adam's two moments
-        disk=weights + 35 * shape.vocabulary + 9000,  # and the tokenizer, losses, digests
-    )
-
-
-def ceil_shards(items: int, each: int) -> int:
-    """How many parts of at most `each` items."""
-    return max(1, ceil(items / each))

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from influence import costs
 from tasks.origin import Checkpoint
-from tasks.rates import Rates
+from tasks.planning.planned import Planned, StageCost
+from tasks.planning.rates import Rates, TextRates
 from tasks.runners import num_cores
-from tasks.stagecosts import Planned, StageCost
-from tasks.textrates import TextRates
 
 TASK = 0.15  # seconds that Prefect takes for a shard, measured: submitted, awaited, remembered
 

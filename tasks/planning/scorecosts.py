@@ -1,37 +1,20 @@
 """What the stages after the fit cost: queries, candidates, the top at full rank, and the checks."""
 
+from math import ceil
+
 from influence import costs
 from influence.layers import Layer
 from influence.streaming import MEMORY
-from tasks.fitcosts import FOOTER, HEADER, gradients_of_batch
 from tasks.layergroups import factor_bytes, spectrum_bytes
-from tasks.stagecosts import (
-    CELL,
-    DOUBLE,
-    GRADIENTS,
-    PAGE,
-    QUERIES_AT_ONCE,
-    RANK,
-    SCORE,
-    SHOWN,
-    TOKEN,
-    Planned,
-    StageCost,
-    ceil_shards,
-)
+from tasks.planning.fitcosts import FOOTER, HEADER, gradients_of_batch
+from tasks.planning.planned import DOUBLE, Planned, StageCost
 
+QUERIES_AT_ONCE = 32  # of stage query
+GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
+# Bytes that parquet and HTML take on disk, measured: a row of scores, of a table of ranks; a layer
+# and token of a grid, a token beside it; a token of the page, and the page itself.
+SCORE, RANK, CELL, TOKEN, SHOWN, PAGE = 12, 22, 4.3, 7, 24, 155_000
 FIGURES = 60_000  # bytes of the pictures and small tables of stage validate
-
-
-def score_costs(planned: Planned) -> list[StageCost]:
-    """Of query, stream, score, validate and report."""
-    return [
-        query_cost(planned),
-        stream_cost(planned),
-        score_cost(planned),
-        validate_cost(planned),
-        report_cost(planned),
-    ]
 
 
 def prepared_bytes(planned: Planned, rank: int | None, methods: int) -> int:
@@ -49,11 +32,12 @@ def dense_bytes(planned: Planned, queries: int) -> int:
 def query_cost(planned: Planned) -> StageCost:
     """Up to 32 queries a shard; a batch's dense gradients of one layer at once."""
     queries, rank = planned.sizes.num_queries, planned.params.query.rank
-    shards = ceil_shards(queries, QUERIES_AT_ONCE)
+    shards = max(1, ceil(queries / QUERIES_AT_ONCE))
     batch = max(1, min(queries, QUERIES_AT_ONCE, int(planned.batch / planned.sizes.query_length)))
     shape, length = planned.sizes.model.shape, planned.sizes.query_length
     a_query = length * costs.pass_flop(shape, length)
-    a_query += costs.query_flop(planned.layers, length, rank, planned.methods)
+    columns = planned.columns(length, batch)
+    a_query += costs.query_flop(planned.layers, columns, rank, planned.methods)
     kept = prepared_bytes(planned, rank, planned.methods)
     solvers = min(planned.layer_memory, spectrum_bytes(planned.layers))
     each = GRADIENTS * dense_bytes(planned, batch) + kept / shards + solvers
@@ -82,18 +66,19 @@ def stream_cost(planned: Planned) -> StageCost:
     sequences, methods = planned.num_candidates, planned.methods
     shards, queries = planned.shards(sequences), planned.sizes.num_queries * planned.methods
     settings, window = planned.params.stream, window_of(planned)
+    columns = planned.columns(planned.length)
 
     def met(layer: Layer) -> float:
         rank = planned.params.query.rank
         return costs.contraction_flop(
-            layer, planned.length, queries, rank, window, settings.subspace
+            layer, columns(layer), queries, rank, window, settings.subspace
         )
 
     contracted = sequences * sum(map(met, planned.layers))
     each = 2.0 * prepared_bytes(planned, planned.params.query.rank, methods)
     each += min(MEMORY, costs.num_weights(planned.layers) * queries * planned.itemsize)
     if settings.self_influence:
-        contracted += sequences * costs.spectrum_flop(planned.layers, planned.length)
+        contracted += sequences * costs.spectrum_flop(planned.layers, columns)
         each += min(planned.layer_memory, spectrum_bytes(planned.layers))
         each += costs.num_weights(planned.layers) * planned.itemsize + gradients_of_batch(planned)
     numbers = len(planned.layers) * (queries + int(settings.self_influence))
@@ -114,14 +99,11 @@ def score_cost(planned: Planned) -> StageCost:
     sequences = min(pairs + score.control, planned.num_candidates)
     shards = planned.shards(sequences)
     full = prepared_bytes(planned, None, 1)
-    weights = costs.num_weights(planned.layers)
-    dense = sequences * 2 * (planned.length + queries) * weights
-    tokens = (
-        pairs
-        * planned.length
-        * sum(
-            2.0 * costs.kept_rank(each, None) * (each.d_in + each.d_out) for each in planned.layers
-        )
+    columns = planned.columns(planned.length)
+    met = sum(2 * (columns(each) + queries) * each.d_in * each.d_out for each in planned.layers)
+    grid = sum(
+        2 * columns(each) * costs.kept_rank(each, None) * (each.d_in + each.d_out)
+        for each in planned.layers
     )
     grids = pairs * planned.length * (CELL * len(planned.layers) + TOKEN)
     own = planned.num_candidates * 36 if planned.params.stream.self_influence else 0
@@ -129,7 +111,7 @@ def score_cost(planned: Planned) -> StageCost:
     return planned.cost(
         "score",
         sequences=sequences,
-        flop=planned.pass_flop(sequences) + dense + tokens,
+        flop=planned.pass_flop(sequences) + sequences * met + pairs * grid,
         **planned.memory(
             shards, full + dense_bytes(planned, queries), once=full + 200.0 * table + 8 * grids
         ),
@@ -144,17 +126,11 @@ def validate_cost(planned: Planned) -> StageCost:
     settings, queries = planned.params.validate_, planned.sizes.num_queries
     half = min(settings.split_half, planned.sizes.corpus.num_sequences // 2)
     sequences = 2 * (2 * half + min(settings.sample, planned.num_candidates))
-    fits = (
-        2
-        * half
-        * (
-            planned.length * costs.factor_flop(planned.layers)
-            + costs.spectrum_flop(planned.layers, planned.length)
-        )
-    )
+    a_fit = planned.length * costs.factor_flop(planned.sizes.model.shape)
+    a_fit += costs.spectrum_flop(planned.layers, planned.columns(planned.length))
     eigen = 2 * sum(map(costs.eigen_flop, costs.sides(planned.layers)))
-    rank = planned.params.query.rank
-    asked = 2 * queries * costs.query_flop(planned.layers, planned.sizes.query_length, rank, 1)
+    rank, columns = planned.params.query.rank, planned.columns(planned.sizes.query_length, queries)
+    asked = 2 * queries * costs.query_flop(planned.layers, columns, rank, 1)
     # float64 sums, eigenvectors in float64 and as passes take them, and Λ.
     kept = factor_bytes(planned.layers) + spectrum_bytes(planned.layers)
     kept += DOUBLE * costs.num_covariances(planned.layers)
@@ -162,7 +138,7 @@ def validate_cost(planned: Planned) -> StageCost:
     return planned.cost(
         "validate",
         sequences=sequences,
-        flop=planned.pass_flop(sequences) + fits + eigen + asked,
+        flop=planned.pass_flop(sequences) + 2 * half * a_fit + eigen + asked,
         **planned.memory(2, float(kept)),
         disk=planned.num_candidates * queries * RANK + FIGURES,
         shards=2,

@@ -1,6 +1,7 @@
-"""`python -m tasks.startup MODEL`: what a stage's process costs before it works, as JSON.
+"""`python -m tasks.planning.startup MODEL`: what a stage's process costs before it works, as JSON.
 
-MODEL is the folder of a checkpoint, or an architecture of transformers.
+MODEL is the folder of a checkpoint, and perhaps that of its adapter, or an architecture of
+transformers.
 
 A process of its own, because only a fresh one imports everything anew.
 """
@@ -24,11 +25,13 @@ def main(arguments: list[str]) -> None:
     """
     for name in TOOLS:
         importlib.import_module(name)
-    from tasks import models
+    from tasks import adapters, models
 
     bare = psutil.Process().memory_info().rss
     for model in arguments:  # its class comes with it
-        if (Path(model) / "config.json").is_file():
+        if adapters.is_adapter(Path(model)):
+            adapters.peft_module()
+        elif (Path(model) / "config.json").is_file():
             models.without_weights(Path(model), 1)
         else:
             importlib.import_module(f"transformers.models.{model}.modeling_{model}")

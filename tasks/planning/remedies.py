@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.params import RunParams, Tfidf, run_file
-from tasks.stagecosts import Planned, StageCost, stage_costs
+from tasks.planning.planned import Planned, StageCost
+from tasks.planning.stages import stage_costs
 from tasks.workspace import ARTIFACTS, FIT_STAGES, STAGES
 
 DISK, DEVICE, HOST = "disk", "device memory", "host memory"

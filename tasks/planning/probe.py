@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from influence import costs
 from influence.damping import RelativeDamping
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
+from influence.experts import separate_experts
 from influence.factors import fit_factors
 from influence.layers import Layer, find_layers
 from influence.lowrank import LowRank
@@ -33,12 +33,13 @@ from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.models import load_model, replicate
 from tasks.origin import Scratch
 from tasks.params import RunParams
+from tasks.planning.model import ModelSizes
+from tasks.planning.planned import Planned
+from tasks.planning.rates import Rates, of_start
+from tasks.planning.scorecosts import prepared_bytes
 from tasks.precision import DTYPES, SPREAD
-from tasks.rates import Rates, of_start
 from tasks.runners import cores_of_shard
-from tasks.scorecosts import prepared_bytes
 from tasks.shards import limit_torch_threads
-from tasks.stagecosts import Planned
 
 ENOUGH = 0.4  # seconds of one kind of work, after which no further batch is taken
 BATCHES = 4  # of one kind at most: five kinds, so some 20 in all
@@ -64,7 +65,7 @@ def probe_rates(planned: Planned, device: str, started: Mapping[str, float]) -> 
     if wanted > SHARE * planned.hardware.free or batch_flop > LONGEST * SLOW:
         raise ValueError("the model is too large for a probe of a few seconds on this machine")
     begun = time.monotonic()
-    model = _model(planned.params, planned.sizes.model.folder, device)
+    model = _model(planned.params, planned.sizes.model, device)
     load = time.monotonic() - begun
     workers = [
         _Worker.of(planned, model, device, length) for _ in range(planned.params.runtime.workers)
@@ -92,10 +93,10 @@ def probe_rates(planned: Planned, device: str, started: Mapping[str, float]) -> 
     )  # fmt: skip
 
 
-def _model(params: RunParams, folder: Path | None, device: str) -> Any:
+def _model(params: RunParams, sizes: ModelSizes, device: str) -> Any:
     dtype = DTYPES[params.runtime.dtype]
-    if folder is not None:
-        return load_model(folder, device, dtype)
+    if sizes.folder is not None:
+        return load_model(sizes.folder, device, dtype, sizes.adapter)
     from tasks.scratch import new_model
 
     assert isinstance(params.train, Scratch)
@@ -146,7 +147,7 @@ class _Worker:
 
     @classmethod
     def of(cls, planned: Planned, model: Any, device: str, length: int) -> "_Worker":
-        own = replicate(model)
+        own = separate_experts(replicate(model))
         layers, _ = find_layers(own, planned.params.layers)
         groups = {layer.name: layer.input_group for layer in planned.layers}
         layers = tuple(
