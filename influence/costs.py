@@ -94,9 +94,20 @@ def training_flop(model: ModelShape, length: Number) -> Number:
     return 6 * model.num_multiplied + 12 * model.attention * length
 
 
-def pass_flop(model: ModelShape, length: Number) -> Number:
-    """Of one token: forward and input gradients; no weight gradient is formed."""
-    return 4 * model.num_multiplied + 12 * model.attention * length
+def pass_flop(
+    model: ModelShape, length: Number, forwards: Number = 1, backwards: Number = 1
+) -> Number:
+    """Of one token: forward and input gradients; no weight gradient is formed.
+
+    Args:
+        model: that it passes through.
+        length: of its sequence.
+        forwards: so many.
+        backwards: so many, in parts of the way from the loss to the lowest block.
+    """
+    forward = 2 * model.num_multiplied + 4 * model.attention * length
+    backward = 2 * model.num_multiplied + 8 * model.attention * length
+    return forwards * forward + backwards * backward
 
 
 def factor_flop(model: ModelShape) -> Number:
@@ -139,21 +150,24 @@ def eigen_flop(size: int) -> Number:
     return 9.0 * size**3
 
 
-def query_flop(layers: Sequence[Layer], length: Length, rank: int | None, solved: int) -> Number:
-    """Of one query: its gradient rotated, divided and truncated, once a damping.
+def query_flop(
+    layers: Sequence[Layer], length: Length, rank: int | None, dampings: int, plain: bool = False
+) -> Number:
+    """Of one query: its gradient rotated once; divided, truncated and rotated back once a damping.
 
     Args:
         layers: the attributed ones.
         length: tokens of prompt and completion that reach a layer.
         rank: of what is kept.
-        solved: dampings.
+        dampings: how many.
+        plain: whether the gradient itself is wanted too.
     """
     total = 0.0
     for layer in layers:
-        kept = kept_rank(layer, rank)
-        back = 2 * kept * (layer.d_in**2 + layer.d_out**2)
-        each = truncation_flop(layer, rank) + back
-        total += solved * (rotation_flop(layer, length(layer)) + each)
+        i, o, kept = layer.d_in, layer.d_out, kept_rank(layer, rank)
+        total += rotation_flop(layer, length(layer)) + 2 * length(layer) * i * o * plain
+        total += (dampings + plain) * truncation_flop(layer, rank)
+        total += dampings * 2 * kept * (i**2 + o**2)
     return total
 
 

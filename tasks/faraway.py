@@ -37,8 +37,10 @@ class FarFile:
     def open(self, mode: str = "rb") -> BinaryIO:
         """Its bytes, of which those are fetched that are read, when they are."""
         system, path = _system(self.url)
-        # What fsspec keeps of the bytes before and after, it may fetch twice.
-        return cast("BinaryIO", system.open(path, mode, cache_type="none"))
+        try:  # what fsspec keeps of the bytes before and after, it may fetch twice
+            return cast("BinaryIO", system.open(path, mode, cache_type="none"))
+        except TypeError:  # a file system whose files keep nothing
+            return cast("BinaryIO", system.open(path, mode))
 
     def stream(self) -> BinaryIO:
         """Its bytes from start to end, `BLOCK` of them at once."""
@@ -176,8 +178,8 @@ def _system(url: str) -> tuple[Any, str]:
 
 def _told(system: Any, path: str) -> dict[str, dict[str, Any]]:
     """What the file system says of each file at a path, by its name."""
-    if PurePosixPath(path).suffix:  # looked for links in, it would be fetched over HTTP
-        with suppress(Exception):
+    if PurePosixPath(path).suffix and not path.endswith("/"):
+        with suppress(Exception):  # a file that is listed over HTTP is fetched, to look for links
             info = system.info(path)
             if info["type"] == "file":
                 return {path: info}

@@ -67,6 +67,15 @@ def test_documents_of_every_format_stream_from_a_url(bucket, name: str, content:
     assert document.text == STORIES[1]["text"]
 
 
+def test_a_file_system_whose_files_keep_nothing_is_read_too(bucket, monkeypatch) -> None:
+    def plain(self, path, mode="rb", block_size=None):
+        return io.BytesIO(self.store[path].getvalue())
+
+    bucket.pipe("/bucket/corpus/x.jsonl", lines(STORIES))
+    monkeypatch.setattr(type(bucket), "open", plain)
+    assert len(read_all(Corpus(URL, id="id"))) == 4
+
+
 def test_a_folder_is_read_in_the_order_of_its_names_below_it(bucket) -> None:
     bucket.pipe("/bucket/corpus/b/1.jsonl", lines(STORIES[2:]))
     bucket.pipe("/bucket/corpus/a.jsonl", lines(STORIES[:2]))

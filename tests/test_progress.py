@@ -12,7 +12,7 @@ from tasks import progressbar, store
 from tasks.params import load_params
 from tasks.progress import Progress, duration
 from tasks.runners import task_runner
-from tasks.shards import ShardRef, bar_key, map_shards, split
+from tasks.shards import ShardRef, bar_key, map_shards, split, watched
 from tasks.workspace import StageContext, prepare
 from tests.checkout import prefect_server
 
@@ -133,6 +133,12 @@ def mapped(context: StageContext, url: str, compute=sleepy) -> list[Path]:
     # Lines that are still on their way to a server which is gone hold up the end of the tests.
     with temporary_settings({**settings, PREFECT_LOGGING_TO_API_ENABLED: False}):
         return flow(name="stage", task_runner=runner, persist_result=False)(stage)()
+
+
+def test_work_that_goes_on_tells_no_speed_of_what_it_found(context, capsys):
+    with watched(context, "steps", 100) as tick:
+        tick(100, cached=True)
+    assert capsys.readouterr().out == "factors steps: 1 of 1 shards, 100 of 100 steps\n"
 
 
 @pytest.mark.doors

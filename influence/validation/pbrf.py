@@ -134,9 +134,12 @@ def respond(
     everyone = torch.arange(len(extra.ids))
     _, at_rest = values_at(here.new_zeros(len(everyone), len(here)), everyone)
     linear = -precondition(at_rest)
-    # A z whose gradient vanishes moves nothing, and is solved where it stands.
     scale = -(linear * at_rest).sum(dim=1)
     scale = scale.clamp(min=torch.finfo(here.dtype).tiny).sqrt()
+    # A z whose gradient is no more than rounding beside the largest moves nothing, and is solved
+    # where it stands: no step makes such a gradient smaller.
+    rounding = 8 * torch.finfo(here.dtype).eps * scale.max()
+    scale = scale.clamp(min=rounding / tolerance)
     found = minimise(values_at, precondition, linear, tolerance * scale, max_evaluations - 1)
     residuals = found.norms / scale
     return Response(found.points, residuals, residuals <= tolerance, found.evaluations + 1)

@@ -75,21 +75,20 @@ def factors_cost(planned: Planned) -> StageCost:
     """Sums of a group of layers a worker; a shard leaves one half of each in float64."""
     sequences = planned.fitted(planned.params.factors.sequences)
     shards = planned.shards(sequences)
-    groups, held = planned.grouped(factor_bytes)
+    groups = planned.grouped(factor_bytes)
     products = sequences * planned.length * costs.factor_flop(planned.sizes.model.shape)
     packed = costs.num_packed(planned.layers)
     largest = max(costs.sides(planned.layers))
     return planned.cost(
         "factors",
-        sequences=sequences * groups,
-        flop=planned.pass_flop(sequences * groups) + products,
-        **planned.memory(shards, held, once=DOUBLE * 1.5 * largest**2),
+        flop=planned.pass_flop(sequences, groups) + products,
+        **planned.passed(sequences, groups),
+        **planned.memory(shards, groups.held, once=DOUBLE * 1.5 * largest**2),
         disk=packed * planned.at_rest
         + 2 * HEADER * len(costs.sides(planned.layers))
         + _told(planned),
         work=shards * packed * DOUBLE,
         shards=shards,
-        groups=groups,
     )
 
 
@@ -119,19 +118,18 @@ def correct_cost(planned: Planned) -> StageCost:
     """Eigenvectors and sums of a group of layers a worker, and a batch's rotated gradients."""
     sequences = planned.fitted(planned.params.correct.sequences)
     shards = planned.shards(sequences)
-    groups, held = planned.grouped(spectrum_bytes)
+    groups = planned.grouped(spectrum_bytes)
     rotated = sequences * costs.spectrum_flop(planned.layers, planned.columns(planned.length))
     numbers = costs.num_weights(planned.layers)
     names = 4 * HEADER * len(planned.layers)
     return planned.cost(
         "correct",
-        sequences=sequences * groups,
-        flop=planned.pass_flop(sequences * groups) + rotated,
-        **planned.memory(shards, held + 2 * gradients_of_batch(planned)),
+        flop=planned.pass_flop(sequences, groups) + rotated,
+        **planned.passed(sequences, groups),
+        **planned.memory(shards, groups.held + 2 * gradients_of_batch(planned)),
         disk=numbers * planned.at_rest + names,
         work=shards * (numbers * DOUBLE + names),
         shards=shards,
-        groups=groups,
     )
 
 

@@ -17,7 +17,7 @@ from tasks.planning.measured import plan_folder
 from tasks.workspace import ARTIFACTS
 
 PLAN = "plan.json"
-FORM = 2  # of that file; what is stored in another is made anew
+FORM = 3  # of that file; what is stored in another is made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,8 @@ def plan_key(root: Path, run: str, fit: str, params: RunParams) -> str:
     corpus, queries = root / params.corpus.path, root / params.query.path
     files = sorted(corpus.rglob("*")) if corpus.is_dir() else [corpus]
     seen = [[file.name, file.stat().st_size] for file in files if file.is_file()]
+    [model] = params.train.model_dump().values()
+    folders = {key: root / model[key] for key in ("path", "base", "adapter") if key in model}
     told = {
         "params": params.model_dump(mode="json"),
         "files": {
@@ -131,6 +133,8 @@ def plan_key(root: Path, run: str, fit: str, params: RunParams) -> str:
                 "queries": queries,
                 "model": root / ARTIFACTS / fit / "train/model.json",
                 "corpus": root / ARTIFACTS / fit / "tokenize/summary.json",
+                **{key: folder / "config.json" for key, folder in folders.items()},
+                "lora": folders.get("adapter", root) / "adapter_config.json",
             }.items()
             if file.is_file()
         },

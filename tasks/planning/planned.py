@@ -47,6 +47,7 @@ class StageCost:
         work: bytes of partial results, gone when it is done.
         shards: parts of its work.
         groups: of layers; the stage passes over its sequences once a group.
+        again: of the operations, those of passes after that for the first group.
     """
 
     stage: str
@@ -59,6 +60,28 @@ class StageCost:
     work: float = 0.0
     shards: int = 1
     groups: int = 1
+    again: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Layers that go through a stage together, group by group.
+
+    Attributes:
+        layers: of each group.
+        held: bytes of the largest.
+        backwards: a pass goes no further down than its group's lowest layer; of the passes for all
+            groups together, in whole ones.
+    """
+
+    layers: tuple[tuple[Layer, ...], ...]
+    held: int
+    backwards: float
+
+    @property
+    def passes(self) -> tuple[int, float]:
+        """Through the model to the loss, and back."""
+        return len(self.layers), self.backwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,31 +187,47 @@ class Planned:
         """Shards at work together on this machine."""
         return min(self.params.runtime.workers, shards)
 
-    def grouped(self, size: Callable[[Sequence[Layer]], int]) -> tuple[int, int]:
-        """How many groups of layers there are, and the bytes of the largest."""
-        groups = layer_groups(self.layers, size, self.layer_memory)
-        return len(groups), max(size(group) for group in groups)
+    def grouped(self, size: Callable[[Sequence[Layer]], int]) -> "Groups":
+        """The groups of layers that go through a stage together."""
+        places = {layer.name: at for at, layer in enumerate(self.layers)}
+        groups = tuple(layer_groups(self.layers, size, self.layer_memory))
+        lowest = [min(places[layer.name] for layer in group) for group in groups]
+        above = (1 - (place + 1) / len(self.layers) for place in sorted(lowest)[1:])
+        return Groups(groups, max(size(group) for group in groups), 1 + sum(above))
 
-    def pass_flop(self, sequences: float) -> float:
-        """Of passes over so many sequences."""
-        return sequences * self.length * costs.pass_flop(self.sizes.model.shape, self.length)
+    def pass_flop(self, sequences: float, groups: "Groups | None" = None) -> float:
+        """Of passes over so many sequences, for each group of layers."""
+        shape, times = self.sizes.model.shape, groups.passes if groups else (1, 1)
+        return sequences * self.length * costs.pass_flop(shape, self.length, *times)
+
+    def passed(self, sequences: float, groups: "Groups", queries: float = 0) -> dict[str, float]:
+        """Figures of a stage that passes over sequences, and queries, for each group of layers."""
+        number, backwards = groups.passes
+        shape, length = self.sizes.model.shape, self.sizes.query_length
+        again = self.pass_flop(sequences, groups) - self.pass_flop(sequences)
+        again += queries * length * costs.pass_flop(shape, length, number - 1, backwards - 1)
+        return {"sequences": sequences * number, "groups": number, "again": again}
 
     def cost(self, stage: str, **figures: float) -> StageCost:
         """Of a stage that passes over sequences, if `sequences` is given."""
         sequences = figures.get("sequences", 0.0)
         return StageCost(stage, **({"tokens": sequences * self.length} | figures))  # pyright: ignore
 
-    def memory(self, shards: int, each: float, once: float = 0.0) -> dict[str, float]:
+    def memory(
+        self, shards: int, each: float, once: float = 0.0, tokens: float | None = None
+    ) -> dict[str, float]:
         """Peaks where passes run and on the host.
 
         Args:
             shards: of the stage.
             each: bytes that a worker holds beside the model and its batch.
             once: bytes on the host that all workers share.
+            tokens: of all batches together, where these are few.
         """
+        share = 1.0 if tokens is None else min(1.0, tokens / self.batch)
         workers = self.at_once(shards)
         processes = 1 if self.params.runtime.runner == "threads" else workers
-        device = processes * self.weights + workers * (self.pass_bytes + each)
+        device = processes * self.weights + workers * (share * self.pass_bytes + each)
         base = processes * self.sizes.base + once
         if self.hardware.device_memory is None:
             return {"device": device, "host": base + device}

@@ -1,13 +1,14 @@
 """What the stages after the fit cost: queries, candidates, the top at full rank, and the checks."""
 
+from functools import partial
 from math import ceil
 
 from influence import costs
 from influence.layers import Layer
 from influence.streaming import MEMORY
-from tasks.layergroups import factor_bytes, spectrum_bytes
-from tasks.planning.fitcosts import FOOTER, HEADER, gradients_of_batch
-from tasks.planning.planned import DOUBLE, Planned, StageCost
+from tasks.layergroups import half_bytes, solved_bytes, spectrum_bytes
+from tasks.planning.fitcosts import EIGEN, FOOTER, HEADER, gradients_of_batch
+from tasks.planning.planned import DOUBLE, Groups, Planned, StageCost
 
 QUERIES_AT_ONCE = 32  # of stage query
 GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
@@ -20,7 +21,7 @@ FIGURES = 60_000  # bytes of the pictures and small tables of stage validate
 def prepared_bytes(planned: Planned, rank: int | None, methods: int) -> int:
     """Of all queries by so many methods."""
     numbers = costs.num_prepared(planned.layers, rank)
-    return methods * planned.sizes.num_queries * numbers * max(4, planned.itemsize)
+    return methods * planned.sizes.num_queries * numbers * planned.itemsize
 
 
 def dense_bytes(planned: Planned, queries: int) -> int:
@@ -29,15 +30,28 @@ def dense_bytes(planned: Planned, queries: int) -> int:
     return queries * largest * planned.itemsize
 
 
+def asked_flop(
+    planned: Planned,
+    rank: int | None,
+    dampings: int,
+    plain: bool = False,
+    passes: tuple[float, float] = (1, 1),
+) -> float:
+    """Of all queries: their passes, and what is made of their gradients."""
+    queries, length = planned.sizes.num_queries, planned.sizes.query_length
+    columns = planned.columns(length, queries)
+    a_query = length * costs.pass_flop(planned.sizes.model.shape, length, *passes)
+    a_query += costs.query_flop(planned.layers, columns, rank, dampings, plain)
+    return queries * a_query
+
+
 def query_cost(planned: Planned) -> StageCost:
     """Up to 32 queries a shard; a batch's dense gradients of one layer at once."""
     queries, rank = planned.sizes.num_queries, planned.params.query.rank
     shards = max(1, ceil(queries / QUERIES_AT_ONCE))
     batch = max(1, min(queries, QUERIES_AT_ONCE, int(planned.batch / planned.sizes.query_length)))
-    shape, length = planned.sizes.model.shape, planned.sizes.query_length
-    a_query = length * costs.pass_flop(shape, length)
-    columns = planned.columns(length, batch)
-    a_query += costs.query_flop(planned.layers, columns, rank, planned.methods)
+    length = planned.sizes.query_length
+    a_query = asked_flop(planned, rank, planned.methods - 1, plain=True)
     kept = prepared_bytes(planned, rank, planned.methods)
     solvers = min(planned.layer_memory, spectrum_bytes(planned.layers))
     each = GRADIENTS * dense_bytes(planned, batch) + kept / shards + solvers
@@ -46,8 +60,8 @@ def query_cost(planned: Planned) -> StageCost:
         "query",
         sequences=queries,
         tokens=queries * length,
-        flop=queries * a_query,
-        **planned.memory(shards, each, once=2.0 * kept),
+        flop=a_query,
+        **planned.memory(shards, each, once=2.0 * kept, tokens=batch * length),
         disk=kept + names + 700.0 * queries,
         work=float(kept + names),
         shards=shards,
@@ -92,54 +106,84 @@ def stream_cost(planned: Planned) -> StageCost:
     )
 
 
+def rescored(planned: Planned) -> tuple[int, int]:
+    """Pairs of a query and a sequence of its top, and the sequences that are scored again."""
+    score, there = planned.params.score, planned.num_candidates
+    pairs = min(2 * score.top, there) * planned.sizes.num_queries
+    return pairs, min(pairs + score.control, there)
+
+
 def score_cost(planned: Planned) -> StageCost:
-    """The top again with queries of full rank, of which every worker holds all."""
-    score, queries = planned.params.score, planned.sizes.num_queries
-    pairs = min(2 * score.top, planned.num_candidates) * queries
-    sequences = min(pairs + score.control, planned.num_candidates)
+    """The top again with queries of full rank, which are solved, kept and met a group of layers at
+    a time."""
+    queries, (pairs, sequences) = planned.sizes.num_queries, rescored(planned)
     shards = planned.shards(sequences)
-    full = prepared_bytes(planned, None, 1)
+    groups = planned.grouped(partial(solved_bytes, num_queries=queries, itemsize=planned.itemsize))
+    solved, met = _full_rank_memory(planned, groups, shards)
     columns = planned.columns(planned.length)
-    met = sum(2 * (columns(each) + queries) * each.d_in * each.d_out for each in planned.layers)
-    grid = sum(
-        2 * columns(each) * costs.kept_rank(each, None) * (each.d_in + each.d_out)
-        for each in planned.layers
+    a_sequence = sum(
+        2 * (columns(each) + queries) * each.d_in * each.d_out for each in planned.layers
     )
+    a_grid = sum(2 * columns(each) * each.d_in * each.d_out for each in planned.layers)
+    dense = sum(2 * costs.kept_rank(each, None) * each.d_in * each.d_out for each in planned.layers)
+    asked = asked_flop(planned, None, 1, passes=groups.passes) + queries * dense
     grids = pairs * planned.length * (CELL * len(planned.layers) + TOKEN)
     own = planned.num_candidates * 36 if planned.params.stream.self_influence else 0
     table = planned.num_candidates * queries * planned.methods
+    tables = 200.0 * table + 8 * grids
+    full = queries * costs.num_weights(planned.layers) * planned.itemsize
     return planned.cost(
         "score",
-        sequences=sequences,
-        flop=planned.pass_flop(sequences) + sequences * met + pairs * grid,
-        **planned.memory(
-            shards, full + dense_bytes(planned, queries), once=full + 200.0 * table + 8 * grids
-        ),
+        flop=planned.pass_flop(sequences, groups) + sequences * a_sequence + pairs * a_grid + asked,
+        **planned.passed(sequences, groups, queries),
+        device=max(solved["device"], met["device"]),
+        host=max(solved["host"], met["host"]) + tables,
         disk=table * SCORE + grids + own + 3 * FOOTER,
         work=float(full + 4 * pairs * planned.length * len(planned.layers)),
         shards=shards,
     )
 
 
+def _full_rank_memory(
+    planned: Planned, groups: Groups, shards: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """While one worker solves the queries of a group; and while all have sequences meet them."""
+    queries = planned.sizes.num_queries
+    batch = max(1, min(queries, int(planned.batch / planned.sizes.query_length)))
+    solvers = max(min(planned.layer_memory, spectrum_bytes(group)) for group in groups.layers)
+    solving = groups.held + solvers + GRADIENTS * dense_bytes(planned, batch)
+    dense = max(costs.num_weights(group) for group in groups.layers) * queries * planned.itemsize
+    return (
+        planned.memory(1, float(solving), tokens=batch * planned.sizes.query_length),
+        planned.memory(shards, dense + gradients_of_batch(planned)),
+    )
+
+
 def validate_cost(planned: Planned) -> StageCost:
-    """A fit of all layers at once on each half, and the sample scored by both."""
+    """Of each half a fit, queries by it and the sample scored, a group of layers at a time."""
     settings, queries = planned.params.validate_, planned.sizes.num_queries
     half = min(settings.split_half, planned.sizes.corpus.num_sequences // 2)
-    sequences = 2 * (2 * half + min(settings.sample, planned.num_candidates))
+    sample, rank = min(settings.sample, planned.num_candidates), planned.params.query.rank
+    groups = planned.grouped(
+        partial(half_bytes, num_queries=queries, rank=rank, itemsize=planned.itemsize)
+    )
+    columns = planned.columns(planned.length)
     a_fit = planned.length * costs.factor_flop(planned.sizes.model.shape)
-    a_fit += costs.spectrum_flop(planned.layers, planned.columns(planned.length))
-    eigen = 2 * sum(map(costs.eigen_flop, costs.sides(planned.layers)))
-    rank, columns = planned.params.query.rank, planned.columns(planned.sizes.query_length, queries)
-    asked = 2 * queries * costs.query_flop(planned.layers, columns, rank, 1)
-    # float64 sums, eigenvectors in float64 and as passes take them, and Λ.
-    kept = factor_bytes(planned.layers) + spectrum_bytes(planned.layers)
-    kept += DOUBLE * costs.num_covariances(planned.layers)
-    kept += 2 * prepared_bytes(planned, rank, 1)
+    a_fit += costs.spectrum_flop(planned.layers, columns)
+    met = sum(costs.contraction_flop(each, columns(each), queries, rank) for each in planned.layers)
+    eigen = sum(map(costs.eigen_flop, costs.sides(planned.layers)))
+    asked = asked_flop(planned, rank, 1, passes=groups.passes)
+    # A matrix is decomposed between passes.
+    decomposed = EIGEN * max(costs.sides(planned.layers)) ** 2 - planned.pass_bytes
+    batch = max(1, min(queries, int(planned.batch / planned.sizes.query_length)))
+    once = max(decomposed, 2 * gradients_of_batch(planned), GRADIENTS * dense_bytes(planned, batch))
+    sequences = 2 * (2 * half + sample)
     return planned.cost(
         "validate",
-        sequences=sequences,
-        flop=planned.pass_flop(sequences) + 2 * half * a_fit + eigen + asked,
-        **planned.memory(2, float(kept)),
+        flop=planned.pass_flop(sequences, groups)
+        + 2 * (half * a_fit + sample * met + eigen + asked),
+        **planned.passed(sequences, groups, 2 * queries),
+        **planned.memory(2, groups.held + once),
         disk=planned.num_candidates * queries * RANK + FIGURES,
         shards=2,
     )

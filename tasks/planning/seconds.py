@@ -55,18 +55,20 @@ def _working(
     else:
         settings = planned.params.validate_
         half = min(settings.split_half, corpus.num_sequences // 2)
+        again = by_name["validate"].again / rates.flops if rates.flops else 0.0
         fit = half * (rates.by_token["factors"] + rates.by_token["correct"])
         sample = min(settings.sample, planned.num_candidates) * rates.by_token["stream"]
         found["validate"] = 2 * (planned.length * (fit + sample) + num_queries * asked)
-        found["validate"] += 2 * by_name["eigen"].flop * eigen
+        found["validate"] += 2 * by_name["eigen"].flop * eigen + again
     order = list(by_name)
     return dict(sorted(found.items(), key=lambda each: order.index(each[0])))
 
 
 def _passed(cost: StageCost, rates: Rates) -> float | None:
-    if rates.by_token is not None:
-        return cost.tokens * rates.by_token[cost.stage]
-    return None if rates.flops is None else cost.flop / rates.flops
+    if rates.flops is None or rates.by_token is None:
+        return None
+    # A further pass for other layers does none of the work with these again.
+    return cost.tokens / cost.groups * rates.by_token[cost.stage] + cost.again / rates.flops
 
 
 def _training(planned: Planned, cost: StageCost, rates: Rates) -> float | None:
@@ -91,7 +93,7 @@ def reckoned(planned: Planned, stages: Sequence[StageCost]) -> dict[str, float |
             continue
         devices = 1 if each.stage in ("eigen", "train") else min(hardware.devices, each.shards)
         seconds = each.flop / speed / devices
-        if each.stage == "validate":  # its decompositions are the host's
+        if each.stage == "validate":  # its decompositions are the host's, in float64
             eigen = 2 * sum(map(costs.eigen_flop, costs.sides(planned.layers)))
             on_host = eigen / hardware.host_flops if hardware.host_flops else 0.0
             seconds = (each.flop - eigen) / speed / devices + on_host

@@ -1,4 +1,4 @@
-"""Batch size, order, padding and shards change nothing: float32, relative error at most 1e-6.
+"""Batch size, order, padding and shards change nothing: float32, relative error about 1e-6.
 
 float32 rounds to 6e-8; one sequence left out or one label drawn otherwise gives 1e-2 and more.
 """
@@ -56,39 +56,53 @@ def by_id(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return raw[:, ids.argsort()]
 
 
+def quantities(
+    model: torch.nn.Module, batches: list[TokenBatch], bases: dict[str, EigenBasis]
+) -> dict[str, torch.Tensor]:
+    """Covariances, corrected eigenvalues and scores of one arrangement, by name."""
+    layers, dtype = models.attributed(model), next(model.parameters()).dtype
+    bases = {name: basis.to(dtype, "cpu") for name, basis in bases.items()}
+    factors = fit_factors(model, layers, batches, 0)
+    spectra = fit_spectra(model, layers, bases, batches, 1)
+    found = {}
+    for layer in layers:
+        of, spectrum = factors.of(layer), spectra[layer.name]
+        assert of.A.num_tokens == of.S.num_tokens == sum(int(b.supervised.sum()) for b in batches)
+        assert spectrum.num_sequences == sum(len(b.ids) for b in batches)
+        found |= {f"A {layer.name}": of.A.sum, f"S {layer.name}": of.S.sum}
+        found[f"eigenvalues {layer.name}"] = spectrum.values
+    blocks = {name: EKFACBlock(bases[name], spectra[name].values.to(dtype)) for name in bases}
+    gradients = query_gradients(model, layers, QUERIES, 1000)
+    prepared = prepare(gradients, blocks, RelativeDamping(0.1), None)
+    found["scores"] = by_id(list(stream(model, layers, prepared, batches)))
+    return found
+
+
 @pytest.mark.parametrize("arrangement", ["one by one", "in reverse", "by length", "more padding"])
 @pytest.mark.parametrize("case", models.CASES)
 def test_batch_size_order_and_padding_change_nothing_in_float32(case, arrangement):
-    model, sequences = models.CASES[case]().float(), models.corpus(lengths=LENGTHS)
-    layers = models.attributed(model)
-    ways = arrangements(sequences)
-    reference, other = ways["one batch"], ways[arrangement]
+    """At most 1e-6, or twice what float32 itself loses where a processor's kernels lose more.
 
-    one, two = (fit_factors(model, layers, batches, 0) for batches in (reference, other))
-    bases = {}
-    for layer in layers:
-        for mine, theirs in (
-            (one.of(layer).A, two.of(layer).A),
-            (one.of(layer).S, two.of(layer).S),
-        ):
-            assert mine.num_tokens == theirs.num_tokens
-            assert models.relative_error(theirs.sum, mine.sum) <= 1e-6
-        A = eigendecompose(one.of(layer).A.value, layer.name)
-        S = eigendecompose(one.of(layer).S.value, layer.name)
-        bases[layer.name] = EigenBasis(A.vectors, S.vectors).to(torch.float32, "cpu")
-
-    spectra = [fit_spectra(model, layers, bases, batches, 1) for batches in (reference, other)]
-    blocks = {}
-    for name, basis in bases.items():
-        mine, theirs = spectra[0][name], spectra[1][name]
-        assert mine.num_sequences == theirs.num_sequences == len(sequences)
-        assert models.relative_error(theirs.values, mine.values) <= 1e-6
-        blocks[name] = EKFACBlock(basis, mine.values.float())
-
-    gradients = query_gradients(model, layers, QUERIES, 1000)
-    prepared = prepare(gradients, blocks, RelativeDamping(0.1), None)
-    raw = [by_id(list(stream(model, layers, prepared, b))) for b in (reference, other)]
-    assert models.relative_error(raw[1], raw[0]) <= 1e-6
+    What float32 loses is the distance of the reference from the same arrangement in float64.
+    """
+    model, sequences = models.CASES[case](), models.corpus(lengths=LENGTHS)
+    layers, ways = models.attributed(model), arrangements(sequences)
+    factors = fit_factors(model, layers, ways["one batch"], 0)
+    bases = {
+        layer.name: EigenBasis(
+            eigendecompose(factors.of(layer).A.value, layer.name).vectors,
+            eigendecompose(factors.of(layer).S.value, layer.name).vectors,
+        )
+        for layer in layers
+    }
+    exact = quantities(model, ways["one batch"], bases)
+    single = models.CASES[case]().float()
+    reference = quantities(single, ways["one batch"], bases)
+    other = quantities(single, ways[arrangement], bases)
+    for name, value in reference.items():
+        lost = models.relative_error(value, exact[name])
+        assert lost < 1e-5, name
+        assert models.relative_error(other[name], value) <= max(1e-6, 2 * lost), name
 
 
 @pytest.mark.parametrize("num_shards", [2, 3, 12])

@@ -1,7 +1,8 @@
 """Adapters and mixtures of experts are sized from configurations: against what small ones take."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from influence.objectives import training_loss
 from influence.passes import pseudo_gradients, run_pass
 from influence.sequences import TokenBatch
 from influence.spectrum import fit_spectra
-from tasks import store
+from tasks import adapters, store
 from tasks.attributed import Attributed, PassReference
 from tasks.budget import find_budget
 from tasks.models import load_model
@@ -28,12 +29,13 @@ from tasks.params import RunParams
 from tasks.planning import probe, startup
 from tasks.planning.estimate import run_sizes
 from tasks.planning.model import model_sizes
-from tasks.planning.plan import plan_run
+from tasks.planning.plan import plan_key, plan_run
 from tasks.planning.planned import Planned
 from tasks.planning.probe import probe_rates
 from tasks.planning.stages import stage_costs
 from tests.influence.models import randomise
 from tests.influence.test_costs import counted
+from tests.planning.eager import eager_attention
 from tests.planning.test_plan import ROOMY, STARTED
 from tests.small_run import MODEL, SECTIONS, stage_context
 from tests.test_curvature_stages import make
@@ -70,7 +72,10 @@ def mixture(folder: Path, kind: str = "mixtral") -> dict[str, Any]:
     randomise(AutoModelForCausalLM.from_config(config), 0).float().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder)
-    return {"train": {"checkpoint": {"path": str(folder)}}, "layers": ["mlp"]}
+    runtime = SECTIONS["runtime"] | {"dtype": "bfloat16"}
+    return {
+        "train": {"checkpoint": {"path": str(folder)}}, "layers": ["mlp"], "runtime": runtime,
+    }  # fmt: skip
 
 
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {"adapter": adapter, "mixture": mixture}
@@ -94,13 +99,11 @@ def planned(run) -> Planned:
 
 
 @pytest.fixture(scope="module")
-def there(run) -> Attributed:
-    """The model as stages have it, its attention in plain products: what is counted knows them."""
+def there(run) -> Iterator[Attributed]:
+    """The model as stages have it, its attention in plain products."""
     root, sections = run
-    found = PassReference.of(stage_context(root, "factors", **sections)).attributed()
-    model: Any = found.model
-    model.set_attn_implementation("eager")
-    return found
+    with eager_attention():
+        yield PassReference.of(stage_context(root, "factors", **sections)).attributed()
 
 
 def batch(count: int = 4, length: int = 32) -> TokenBatch:
@@ -165,9 +168,10 @@ def test_rotations_cost_what_they_do_where_tokens_are_routed_by_chance(planned, 
         for each in there.model.modules()
         if isinstance(each, Experts)
     ]
-    tokens = batch(8, 32)
+    tokens, dtype = batch(8, 32), next(there.model.parameters()).dtype
     bases = {
-        each.name: EigenBasis(torch.eye(each.d_in), torch.eye(each.d_out)) for each in there.layers
+        each.name: EigenBasis(torch.eye(each.d_in), torch.eye(each.d_out)).to(dtype, "cpu")
+        for each in there.layers
     }
     try:
         whole = counted(lambda: fit_spectra(there.model, there.layers, bases, [tokens], 0))
@@ -231,10 +235,26 @@ def test_a_plan_tells_what_it_counts(run, monkeypatch):
         assert told.endswith(f" in {2 * 2 * EXPERTS} layers")
 
 
-def test_a_process_that_loads_an_adapter_is_sized_with_peft(tmp_path, capsys):
+def test_a_plan_is_made_anew_where_the_adapter_is_another(tmp_path):
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (tmp_path / name).touch()
+    params = RunParams.model_validate(SECTIONS | adapter(tmp_path / "given"))
+    before = plan_key(tmp_path, "small", "small", params)
+    assert plan_key(tmp_path, "small", "small", params) == before
+    file = tmp_path / "given/adapter_config.json"
+    store.write_json(file, store.read_json(file) | {"r": 3})
+    assert plan_key(tmp_path, "small", "small", params) != before
+
+
+def test_a_process_that_loads_an_adapter_is_sized_with_peft(tmp_path, monkeypatch, capsys):
     adapter(tmp_path)
+    asked: list[bool] = []
+    monkeypatch.setattr(adapters, "peft_module", lambda: asked.append(True))
+    monkeypatch.setattr(startup, "TOOLS", ())
+    monkeypatch.setattr(startup, "CHECKS", ())
     startup.main([str(MODEL), str(tmp_path)])
-    assert '"bytes"' in capsys.readouterr().out
+    assert asked
+    assert json.loads(capsys.readouterr().out)["bytes"] > 0
 
 
 def test_a_large_mixture_is_sized_from_its_configuration(tmp_path):
@@ -254,10 +274,10 @@ def test_a_large_mixture_is_sized_from_its_configuration(tmp_path):
     assert costs.num_weights(shape.layers) == 32 * 8 * expert
 
 
-def test_an_adapter_of_70_billion_weights_is_sized_without_them(tmp_path):
+def test_an_adapter_of_a_large_model_is_sized_without_its_weights(tmp_path):
     config = AutoConfig.for_model(
-        "llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672,
-        num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         tie_word_embeddings=False,
     )  # fmt: skip
     config.save_pretrained(tmp_path / "base")
@@ -267,8 +287,8 @@ def test_an_adapter_of_70_billion_weights_is_sized_without_them(tmp_path):
     given = {"train": {"checkpoint": checkpoint}, "layers": ["adapter"]}
     found = model_sizes(RunParams.model_validate(SECTIONS | given), tmp_path, tmp_path / "none", 64)
     assert found.adapter == tmp_path / "lora"
-    attributed = 80 * 2 * 16 * 8192
-    assert found.shape.num_parameters == 70_553_706_496 + attributed
+    attributed = 32 * 2 * 16 * 4096
+    assert found.shape.num_parameters == 8_030_261_248 + attributed
     assert costs.num_weights(found.shape.layers) == attributed
-    # All but the embedding and the norms.
-    assert found.shape.num_multiplied == 69_501_714_432 + attributed
+    embedding, norms = 128256 * 4096, (2 * 32 + 1) * 4096
+    assert found.shape.num_multiplied == 8_030_261_248 - embedding - norms + attributed
