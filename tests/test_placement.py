@@ -6,20 +6,26 @@ only say that they are two (`tests/devices.py`). Stages: `tests/test_curvature_s
 
 import re
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from influence.damping import RelativeDamping
 from influence.experts import separate_experts
 from influence.layers import find_layers
+from influence.queries import Method, Query, prepare_queries
+from influence.solver import GradientDot
 from tasks.hardware import Hardware
 from tasks.layergroups import factor_bytes, layer_memory, on_fullest
 from tasks.models import load_model, replicate, without_weights
 from tasks.params import Runtime
 from tasks.placement import placement, spread
 from tasks.precision import devices_of
+from tasks.query import describe
+from tasks.querysets import QueryText
 from tests.devices import pretended, spread_over_two
 from tests.influence import mixtures, models
 from tests.influence.test_accelerator import phases
@@ -155,26 +161,50 @@ def built(case: str) -> nn.Module:
     return model
 
 
-def spread_phases(case: str, devices: Sequence[str]) -> dict[str, torch.Tensor]:
-    model = spread(built(case), {name: devices[place] for name, place in SPREAD[case].items()})
-    return phases(separate_experts(model))
+def spread_model(case: str, devices: Sequence[str]) -> nn.Module:
+    return spread(built(case), {name: devices[place] for name, place in SPREAD[case].items()})
 
 
 @pytest.mark.parametrize("case", SPREAD)
 def test_a_model_over_two_devices_gives_the_very_bits_of_one(case):
     wanted = phases(separate_experts(built(case)))
     with pretended() as devices:
-        got = spread_phases(case, devices)
+        got = phases(separate_experts(spread_model(case, devices)))
     assert got.keys() == wanted.keys()
     for name, tensor in got.items():
         assert torch.equal(tensor, wanted[name]), name
+
+
+def test_an_expert_that_no_query_runs_has_its_zeros_where_it_is():
+    with pretended() as devices:
+        model = separate_experts(spread_model("mixtral", devices))
+        layers, _ = find_layers(model, ("mlp",))
+        asked = [Query("short", (1,), (2,))]
+        dots = Method({layer.name: GradientDot() for layer in layers}, RelativeDamping(0.1))
+        prepared = prepare_queries(model, layers, asked, {"dot": dots}, None, 9)["dot"]
+        idle = [layer for layer in layers if not prepared[layer.name].left.any()]
+        assert {str(layer.device) for layer in idle} == set(devices)
+        assert all(prepared[layer.name].left.device == layer.device for layer in layers)
+
+
+def test_what_a_query_measures_is_measured_where_the_outputs_are():
+    asked = QueryText("q", "", "", {}, (1, 2), (3, 4))
+
+    def measured(model: nn.Module, device: str) -> object:
+        there: Any = SimpleNamespace(model=model)
+        reference: Any = SimpleNamespace(attributed=lambda: there, input_device=device)
+        return describe([asked], reference)[0]["log_probability"]
+
+    with pretended() as devices:
+        found = measured(spread_model("mixtral", devices), devices[1])
+    assert found == measured(built("mixtral"), "cpu")
 
 
 @needs_two
 @pytest.mark.parametrize("case", SPREAD)
 def test_a_model_over_two_gpus_gives_the_numbers_of_the_cpu(case):
     wanted = phases(separate_experts(built(case)))
-    got = spread_phases(case, ("cuda:0", "cuda:1"))
+    got = phases(separate_experts(spread_model(case, ("cuda:0", "cuda:1"))))
     assert got.keys() == wanted.keys()
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
