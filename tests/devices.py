@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from tasks import attributed, budget, layergroups, models, shards
 
 DEVICES = ("cpu:1", "cpu:2")  # torch has no such CPUs, but lets tensors of a class of ours say so
 HOST = torch.device("cpu")
@@ -26,6 +29,21 @@ def pretended() -> Iterator[tuple[str, str]]:
     """Within it, tensors are made on, and moved to, the `DEVICES`."""
     with _Pretence():
         yield DEVICES
+
+
+@contextmanager
+def spread_over_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """Within it, `runtime.device: spread` is over the `DEVICES`, in this thread."""
+    with pretended() as devices:
+
+        def those(device: str) -> list[str]:
+            return list(devices) if device == "spread" else [device]
+
+        for module in (attributed, budget, layergroups, models):
+            monkeypatch.setattr(module, "devices_of", those)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**30))
+        monkeypatch.setattr(shards, "_run_threads", lambda jobs, _: [job.run() for job in jobs])
+        yield devices
 
 
 class Elsewhere(Tensor):

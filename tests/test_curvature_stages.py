@@ -28,6 +28,7 @@ from tasks.layergroups import groups_of_layers, solved_bytes
 from tasks.prepared import StoredSolvers
 from tasks.spectra import read_spectra
 from tests import oracles
+from tests.devices import spread_over_two
 from tests.small_run import ROOT, SECTIONS, run_stage, stage_context, write_lines
 
 STAGES = {
@@ -278,6 +279,21 @@ def test_groups_of_layers_are_put_side_by_side_in_the_order_of_the_model():
     found = told.tensors(["q", "o", "fc"], {7: 2})
     assert found["7/scores"].tolist() == [11.0, 11.0]
     assert found["7/1"].tolist() == [[0.0, 0.0], [10.0, 10.0], [1.0, 1.0]]
+
+
+def test_a_model_over_two_devices_gives_the_bytes_of_one(single, tmp_path, monkeypatch):
+    sections = {"runtime": SECTIONS["runtime"] | {"device": "spread"}}
+    one = split_half(stage_context(single.parent.parent, "validate"))
+    with spread_over_two(monkeypatch):
+        both = make(tmp_path, **sections)
+        halves = split_half(stage_context(tmp_path, "validate", **sections))
+    assert torch.equal(halves.first, one.first)
+    assert torch.equal(halves.second, one.second)
+    for stage in ("factors", "eigen", "correct", "query", "stream", "score"):
+        files = [*(single / stage).glob("*.safetensors"), *(single / stage).glob("*.parquet")]
+        assert files
+        for file in files:
+            assert (both / stage / file.name).read_bytes() == file.read_bytes(), file
 
 
 def test_the_same_run_twice_gives_the_same_bytes(single, tmp_path):

@@ -1,31 +1,37 @@
-"""A model over several devices: what goes where, that it fits, and whole stages with it.
+"""A model over several devices: what goes where, that it fits, and every phase of the mathematics.
 
-No GPU is needed: where a model goes follows from sizes, and stages run on two devices that only say
-that they are two (`tests/devices.py`). Phases on real GPUs: `tests/influence/test_accelerator.py`.
+No GPU is needed but in one test: where a model goes follows from sizes, and devices may be such as
+only say that they are two (`tests/devices.py`). Stages: `tests/test_curvature_stages.py`.
 """
 
 import re
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from influence.damping import RelativeDamping
+from influence.experts import separate_experts
 from influence.layers import find_layers
-from tasks import attributed, budget, layergroups, models, shards, store
+from influence.queries import Method, Query, prepare_queries
+from influence.solver import GradientDot
 from tasks.layergroups import factor_bytes, layer_memory, on_fullest
 from tasks.models import load_model, replicate, without_weights
 from tasks.params import Runtime
 from tasks.placement import placement, spread
 from tasks.planning.hardware import Hardware
 from tasks.precision import devices_of
-from tests.devices import pretended
+from tasks.query import describe
+from tasks.querysets import QueryText
+from tests.devices import pretended, spread_over_two
+from tests.influence import mixtures, models
+from tests.influence.test_accelerator import phases
 from tests.small_run import MODEL, SECTIONS
-from tests.test_curvature_stages import make
 
 GPUS = ("cuda:0", "cuda:1", "cuda:2")
-RUNTIME = SECTIONS["runtime"] | {"shards": 1, "layer_memory": 4e-3}  # several groups of layers
-RUN = {"stream": {"self_influence": True, "subspace": None}, "runtime": RUNTIME}
 
 
 def bytes_of(model: nn.Module, where: dict[str, str]) -> dict[str, int]:
@@ -91,24 +97,9 @@ def test_a_parameter_that_is_no_part_of_a_module_moves_too():
     assert (model.scale.device.type, model.linear.weight.device.type) == ("meta", "cpu")
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    """A small run on one device."""
-    return make(tmp_path_factory.mktemp("one"), **RUN)
-
-
 @pytest.fixture
-def two(one, monkeypatch):
-    """Two devices for `spread`, in this thread."""
-    with pretended() as devices:
-
-        def those(device: str) -> list[str]:
-            return list(devices) if device == "spread" else [device]
-
-        for module in (attributed, budget, layergroups, models):
-            monkeypatch.setattr(module, "devices_of", those)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**30))
-        monkeypatch.setattr(shards, "_run_threads", lambda jobs, _: [job.run() for job in jobs])
+def two(monkeypatch) -> Iterator[tuple[str, str]]:
+    with spread_over_two(monkeypatch) as devices:
         yield devices
 
 
@@ -136,19 +127,84 @@ def test_memory_for_layers_is_that_of_the_fullest_device(two):
     assert layer_memory(runtime, "cpu") == 2 * layer_memory(runtime, "spread") == 2**30
 
 
-def test_stages_over_two_devices_write_the_bytes_of_one(one, two, tmp_path):
-    """From `train` to `score`, with self-influence and several groups of layers."""
-    both = make(tmp_path, **RUN | {"runtime": RUNTIME | {"device": "spread"}})
-    files = {
-        file.relative_to(one)
-        for file in one.rglob("*")
-        if file.suffix in (".safetensors", ".parquet") and file.is_file()
-    }
-    assert {file.parts[0] for file in files} >= {"factors", "eigen", "correct", "query", "stream"}
-    for file in sorted(files):
-        assert store.digest(both / file) == store.digest(one / file), file
-
-
 def test_devices_as_one_have_the_memory_of_all_and_the_speed_of_one():
     eight = Hardware(80, 1, 1, 4e14, None, None, 8, "eight")
     assert (eight.as_one().device_memory, eight.as_one().devices) == (640, 1)
+
+
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+
+# Of each part, on which of two devices it is.
+SPREAD = {
+    "gpt2": {
+        "transformer.wte": 0, "transformer.wpe": 0, "transformer.drop": 0, "transformer.h.0": 0,
+        "transformer.h.1": 1, "transformer.ln_f": 1, "lm_head": 0,
+    },
+    "mlp": {"embedding": 0, "block": 1, "head": 0},
+    "mixtral": {
+        "model.embed_tokens": 1, "model.layers.0": 1, "model.layers.1": 0, "model.norm": 0,
+        "model.rotary_emb": 0, "lm_head": 0,
+    },
+}  # fmt: skip
+
+
+def built(case: str) -> nn.Module:
+    """A model with something on either side of a border."""
+    made = {
+        "gpt2": lambda: models.gpt2(num_layers=2),
+        "mlp": models.mlp,
+        "mixtral": lambda: mixtures.fused("mixtral", num_layers=2),
+    }
+    model: Any = made[case]()
+    if hasattr(model, "config"):  # as a model is loaded
+        model.config.use_cache = False
+    return model
+
+
+def spread_model(case: str, devices: Sequence[str]) -> nn.Module:
+    return spread(built(case), {name: devices[place] for name, place in SPREAD[case].items()})
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_a_model_over_two_devices_gives_the_very_bits_of_one(case):
+    wanted = phases(separate_experts(built(case)))
+    with pretended() as devices:
+        got = phases(separate_experts(spread_model(case, devices)))
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_an_expert_that_no_query_runs_has_its_zeros_where_it_is():
+    with pretended() as devices:
+        model = separate_experts(spread_model("mixtral", devices))
+        layers, _ = find_layers(model, ("mlp",))
+        asked = [Query("short", (1,), (2,))]
+        dots = Method({layer.name: GradientDot() for layer in layers}, RelativeDamping(0.1))
+        prepared = prepare_queries(model, layers, asked, {"dot": dots}, None, 9)["dot"]
+        idle = [layer for layer in layers if not prepared[layer.name].left.any()]
+        assert {str(layer.device) for layer in idle} == set(devices)
+        assert all(prepared[layer.name].left.device == layer.device for layer in layers)
+
+
+def test_what_a_query_measures_is_measured_where_the_outputs_are():
+    asked = QueryText("q", "", "", {}, (1, 2), (3, 4))
+
+    def measured(model: nn.Module, device: str) -> object:
+        there: Any = SimpleNamespace(model=model)
+        reference: Any = SimpleNamespace(attributed=lambda: there, input_device=device)
+        return describe([asked], reference)[0]["log_probability"]
+
+    with pretended() as devices:
+        found = measured(spread_model("mixtral", devices), devices[1])
+    assert found == measured(built("mixtral"), "cpu")
+
+
+@needs_two
+@pytest.mark.parametrize("case", SPREAD)
+def test_a_model_over_two_gpus_gives_the_numbers_of_the_cpu(case):
+    wanted = phases(separate_experts(built(case)))
+    got = phases(separate_experts(spread_model(case, ("cuda:0", "cuda:1"))))
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-8, atol=1e-10, msg=name)

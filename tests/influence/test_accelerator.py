@@ -1,12 +1,6 @@
-"""Every phase on a GPU, and of a model spread over two, is the phase on the CPU, in float64.
-
-What needs GPUs is skipped where there are none, or one; the same spread is also tried over two
-devices that only say that they are two (`tests/devices.py`).
-"""
+"""Every phase on a GPU is the phase on the CPU, in float64; skipped where there is none."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +9,6 @@ from torch import nn
 from influence.damping import RelativeDamping
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
-from influence.experts import separate_experts
 from influence.factors import fit_factors
 from influence.layers import find_layers
 from influence.queries import Method, Query, prepare_queries
@@ -23,9 +16,7 @@ from influence.selfinfluence import SelfInfluence
 from influence.spectrum import fit_spectra
 from influence.streaming import Told, stream_all
 from influence.tokens import rescore, token_grids
-from tasks.placement import spread
-from tests.devices import pretended
-from tests.influence import mixtures, models
+from tests.influence import models
 from tests.influence.attribution import QUERIES
 
 DAMPING = RelativeDamping(0.1)
@@ -33,37 +24,6 @@ ASKED = [*QUERIES, Query("contrast", (3, 1), (0,), (5, 2))]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 # The CPU against itself, moved the same way, so that the test is known to run.
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-
-# Of each part, on which of two devices it is: the last is not where the first is, but for mlp and
-# gpt2, whose unembedding is the embedding.
-LLAMA = {
-    "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1,
-    "model.rotary_emb": 1, "lm_head": 1,
-}  # fmt: skip
-SPREAD = {
-    "gpt2": {
-        "transformer.wte": 0, "transformer.wpe": 0, "transformer.drop": 0, "transformer.h.0": 0,
-        "transformer.h.1": 1, "transformer.ln_f": 1, "lm_head": 0,
-    },
-    "llama": LLAMA,
-    "mlp": {"embedding": 0, "block": 1, "head": 0},
-    "mixtral": {name: 1 - place for name, place in LLAMA.items()},
-}  # fmt: skip
-
-
-def built(case: str) -> nn.Module:
-    """A model with something on either side of a border."""
-    made = {
-        "gpt2": lambda: models.gpt2(num_layers=2),
-        "llama": lambda: models.llama(num_layers=2),
-        "mlp": models.mlp,
-        "mixtral": lambda: mixtures.fused("mixtral", num_layers=2),
-    }
-    model: Any = made[case]()
-    if hasattr(model, "config"):  # as a model is loaded
-        model.config.use_cache = False
-    return model
 
 
 def phases(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,31 +78,6 @@ def phases(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_every_phase_gives_the_numbers_of_the_cpu(case, device):
     model = models.CASES[case]()
     wanted, got = phases(model), phases(copy.deepcopy(model).to(device))
-    assert got.keys() == wanted.keys()
-    for name, tensor in got.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
-
-
-def spread_phases(case: str, devices: Sequence[str]) -> dict[str, torch.Tensor]:
-    model = spread(built(case), {name: devices[place] for name, place in SPREAD[case].items()})
-    return phases(separate_experts(model))
-
-
-@pytest.mark.parametrize("case", SPREAD)
-def test_a_model_over_two_devices_gives_the_very_bits_of_one(case):
-    wanted = phases(separate_experts(built(case)))
-    with pretended() as devices:
-        got = spread_phases(case, devices)
-    assert got.keys() == wanted.keys()
-    for name, tensor in got.items():
-        assert torch.equal(tensor, wanted[name]), name
-
-
-@needs_two
-@pytest.mark.parametrize("case", SPREAD)
-def test_a_model_over_two_gpus_gives_the_numbers_of_the_cpu(case):
-    wanted = phases(separate_experts(built(case)))
-    got = spread_phases(case, ("cuda:0", "cuda:1"))
     assert got.keys() == wanted.keys()
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
