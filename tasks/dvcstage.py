@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.active import PIPELINE, owner, pipeline_of
 from tasks.params import ACTIVE, Runtime
-from tasks.workspace import ARTIFACTS
+from tasks.workspace import ARTIFACTS, STAGES
 
 OURS = {"artifacts", "flows", "influence", "params", "tasks"}  # deps that are no input files
 # They say how fast or by whom, and never how: a killed stage may resume under others.
@@ -117,9 +117,16 @@ def recorded_outs(root: Path, run: str, stages: Sequence[str]) -> list[Out]:
 
 
 def upstream(root: Path, stage: str, run: str) -> list[str]:
-    """Stages whose artefacts a stage reads, by `dvc.yaml`."""
+    """Stages of the run, or of its fit, whose artefacts a stage reads, by `dvc.yaml`.
+
+    A checkpoint to train on may be the artefact of another run, which is none of these.
+    """
     deps = [Path(dep) for dep in tracked_paths(root, stage, run)[0]]
-    return [dep.parts[2] for dep in deps if dep.is_relative_to(ARTIFACTS)]
+
+    def read(folder: Path) -> bool:
+        return any(dep.is_relative_to(folder) for dep in deps)
+
+    return [each for each in STAGES if read(ARTIFACTS / owner(root, each, run) / each)]
 
 
 def tracked_paths(root: Path, stage: str, run: str) -> tuple[list[str], list[str]]:

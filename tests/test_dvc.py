@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from flows import closure
 from tasks import dvcstage
-from tasks.active import FIT_SECTIONS, VALIDATION, load_active
+from tasks.active import FIT_SECTIONS, VALIDATION, activate, load_active
 from tasks.params import load_params, run_names
 from tasks.validation.activation import check_active_benchmark, check_data
 from tasks.validation.context import FIGURES, SCORES
@@ -86,6 +86,18 @@ def test_what_a_fit_reads_is_what_runs_must_agree_on_to_share_it(root):
     assert read == set(FIT_SECTIONS)
     for stage in FIT_STAGES:
         assert set(dvcstage.upstream(root, stage, "smoke")) <= set(FIT_STAGES)
+
+
+def test_a_run_that_trains_on_the_model_of_another_waits_for_its_own_stages_alone(tmp_path):
+    root = make_checkout(tmp_path / "project").path
+    (root / "artifacts/wikipedia/train/checkpoint").mkdir(parents=True)
+    for run in ("wikipedia", "chat"):
+        activate(root, run)
+    deps, _ = dvcstage.tracked_paths(root, "train", "chat")
+    assert "artifacts/wikipedia/train/checkpoint" in deps
+    assert dvcstage.upstream(root, "train", "chat") == []
+    assert dvcstage.upstream(root, "tokenize", "chat") == ["train"]
+    assert set(dvcstage.upstream(root, "report", "chat")) >= {"query", "score", "validate"}
 
 
 @pytest.mark.parametrize(

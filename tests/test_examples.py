@@ -10,6 +10,7 @@ import yaml
 
 from tasks import store
 from tasks.params import RunParams
+from tasks.planning.estimate import run_sizes
 from tasks.workspace import STAGES, StageContext, prepare, publish
 from tests.small_run import ROOT
 
@@ -66,6 +67,15 @@ def asked(root: Path, run: str) -> set[str]:
 
 def test_wikipedia_trains_its_model_and_scores_its_articles(folder):
     assert asked(folder, "wikipedia") == {"albedo_range", "paris_gershwin"}
+
+
+def test_chat_is_planned_with_the_template_that_its_params_give(folder):
+    """The checkpoint that it trains on has none."""
+    sections = shipped("chat")
+    sizes, tokenizer = run_sizes(folder, RunParams.model_validate(sections), folder / "none")
+    assert sizes.corpus.num_sequences >= 504
+    assert tokenizer is not None
+    assert tokenizer.chat_template == sections["train"]["finetune"]["chat_template"]
 
 
 def test_chat_trains_that_model_on_and_scores_its_conversations(folder):

@@ -13,6 +13,7 @@ from influence.costs import num_weights, training_flop
 from tasks import store
 from tasks.corpora import Corpus
 from tasks.models import Tokenizer, load_tokenizer
+from tasks.origin import FineTuned
 from tasks.params import RunParams, load_params
 from tasks.planning.corpus import CHARACTERS, corpus_size
 from tasks.planning.hardware import described, this_machine
@@ -108,10 +109,7 @@ def run_sizes(root: Path, params: RunParams, fitted: Path) -> tuple[Sizes, "Toke
     """
 
     model = model_sizes(params, root, fitted / "train", params.tokenize.context)
-    try:
-        tokenizer = None if model.folder is None else load_tokenizer(model.folder)
-    except (ValueError, OSError):  # a model of which only the configuration is here
-        tokenizer = None
+    tokenizer = _tokenizer(params, model)
     records = check_queries(root / params.query.path)
     texts = [_words(each.fields) for each in records]
     contrasts = sum(each.fields.get("contrast") is not None for each in records)
@@ -124,6 +122,18 @@ def run_sizes(root: Path, params: RunParams, fitted: Path) -> tuple[Sizes, "Toke
     length = (1 + contrasts / len(texts)) * sum(lengths) / len(lengths) + params.tokenize.bos
     corpus = corpus_size(params, root, fitted / "tokenize", tokenizer)
     return Sizes(model, corpus, len(texts), length, BARE, BASE), tokenizer
+
+
+def _tokenizer(params: RunParams, model: ModelSizes) -> "Tokenizer | None":
+    """The one that the stages will use, if it is at hand."""
+    try:
+        tokenizer = None if model.folder is None else load_tokenizer(model.folder)
+    except (ValueError, OSError):  # a model of which only the configuration is here
+        return None
+    tuning = params.train.finetune if isinstance(params.train, FineTuned) else None
+    if tokenizer is not None and tuning is not None and tuning.chat_template is not None:
+        tokenizer.chat_template = tuning.chat_template
+    return tokenizer
 
 
 def _words(query: Mapping[str, Any]) -> str:
