@@ -1,7 +1,7 @@
 """From documents to the sequences that scores speak of: windows of tokens with stable names."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpora import Document
-from tasks.marks import marked
+from tasks.marks import Marked, marked
 from tasks.models import Tokenizer, boundary_token
 
 Mode = Literal["document", "pack"]
+# Tokenised together. While a tokenizer has a token, with its place in the text, it takes some 270
+# bytes: documents as long as books must not meet there.
+CHARACTERS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,6 @@ class Encoded:
     tokens: NDArray[np.int32]
     targets: NDArray[np.bool_]
 
-    @classmethod
-    def all_targets(cls, tokens: NDArray[np.int32]) -> "Encoded":
-        """Of plain text."""
-        return cls(tokens, np.ones(len(tokens), np.bool_))
-
 
 def encode(
     tokenizer: Tokenizer, documents: Sequence[Document], bos: bool, eos: bool
@@ -80,20 +78,36 @@ def encode(
     """
     before = [boundary_token(tokenizer, "bos")] if bos else []
     after = [boundary_token(tokenizer, "eos")] if eos else []
-    written = [marked(tokenizer, document) for document in documents]
-    texts = [each.text for each in written]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     found = []
-    for document, marks, tokens, places in zip(
-        documents, written, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        for which, doubled in (("bos", tokens[:1] == before), ("eos", tokens[-1:] == after)):
-            if doubled and tokens:
-                _refuse_doubled(tokenizer, document, which)
-        targets = [marks.reached(start, end) for start, end in places]
-        whole = [marks.is_plain] * len(before) + targets + [True] * len(after)
-        found.append(Encoded(np.array([*before, *tokens, *after], np.int32), np.array(whole, bool)))
+    for group in _calls((document, marked(tokenizer, document)) for document in documents):
+        texts = [marks.text for _, marks in group]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for (document, marks), tokens, places in zip(
+            group, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            for which, doubled in (("bos", tokens[:1] == before), ("eos", tokens[-1:] == after)):
+                if doubled and tokens:
+                    _refuse_doubled(tokenizer, document, which)
+            targets = [marks.reached(start, end) for start, end in places]
+            whole = [marks.is_plain] * len(before) + targets + [True] * len(after)
+            numbers = np.array([*before, *tokens, *after], np.int32)
+            found.append(Encoded(numbers, np.array(whole, bool)))
     return found
+
+
+def _calls(
+    texts: Iterable[tuple[Document, Marked]],
+) -> Iterator[list[tuple[Document, Marked]]]:
+    """What is tokenised together; a text of more characters goes by itself."""
+    group, characters = list[tuple[Document, Marked]](), 0
+    for document, marks in texts:
+        if group and characters + len(marks.text) > CHARACTERS_AT_ONCE:
+            yield group
+            group, characters = [], 0
+        group.append((document, marks))
+        characters += len(marks.text)
+    if group:
+        yield group
 
 
 def _refuse_doubled(tokenizer: Tokenizer, document: Document, which: str) -> None:

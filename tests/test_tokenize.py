@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import reading, store, tokenize, train
+from tasks import reading, store, tokenize, train, windows
+from tasks.corpora import Document
 from tasks.models import load_tokenizer
 from tasks.sequences import TokenStore, choose_rows
-from tasks.windows import Encoded, cut_windows, sequence_key, sequence_keys
+from tasks.windows import Encoded, cut_windows, encode, sequence_key, sequence_keys
 from tests.small_run import MODEL, SECTIONS, run_stage, stage_context, write_lines
 
 STORIES = [
@@ -45,7 +46,7 @@ def sequences(folder: Path) -> list[dict]:
 
 def plain(tokens: list[np.ndarray]) -> list[Encoded]:
     """Of text without a prompt."""
-    return [Encoded.all_targets(row) for row in tokens]
+    return [Encoded(row, np.ones(len(row), np.bool_)) for row in tokens]
 
 
 # --- cutting -------------------------------------------------------------------------------------
@@ -69,6 +70,27 @@ def test_windows_lose_and_repeat_no_token(lengths, context, mode):
     assert len(windows.names) == len(windows.documents) == len(sizes)
     assert len(set(windows.names)) == len(windows.names)
     assert windows.supervised.sum() == total - len(sizes)
+
+
+def test_long_documents_do_not_meet_in_the_tokenizer(monkeypatch):
+    tokenizer = load_tokenizer(MODEL)
+    documents = [
+        Document(f"d{place}", "Once upon a time. " * times, {}, "corpus.jsonl:1")
+        for place, times in enumerate((1, 2, 3, 40, 1, 0, 2))
+    ]
+    wanted = encode(tokenizer, documents, bos=True, eos=False)
+    calls: list[list[int]] = []
+
+    class Counting(type(tokenizer)):
+        def __call__(self, texts, **settings):
+            calls.append([len(text) for text in texts])
+            return super().__call__(texts, **settings)
+
+    monkeypatch.setattr(windows, "CHARACTERS_AT_ONCE", 100)
+    tokenizer.__class__ = Counting
+    found = encode(tokenizer, documents, bos=True, eos=False)
+    assert [each.tokens.tolist() for each in found] == [each.tokens.tolist() for each in wanted]
+    assert calls == [[18, 36], [54], [720], [18, 0, 36]]
 
 
 def test_document_mode_never_mixes_documents_and_names_the_offset():

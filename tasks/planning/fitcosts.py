@@ -3,14 +3,17 @@
 from influence import costs
 from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.origin import Checkpoint, Scratch
+from tasks.planning.corpus import CHARACTERS
 from tasks.planning.planned import DOUBLE, Planned, StageCost
+from tasks.windows import CHARACTERS_AT_ONCE
 
 EIGEN = 6 * DOUBLE  # bytes a number of a matrix that is decomposed: copies and LAPACK's workspace
 ENCODED = 270  # bytes of a token while a tokenizer has it, with its place in the text
+WRITTEN = 10  # bytes of a token and of its text, in memory
 ROW = 20  # bytes that a sequence takes in the table of the corpus, measured
 FOOTER = 6_000  # bytes that a table takes beside its rows: its schema, and where columns begin
 TEXT = 2.0  # bytes of a token's text, compressed, until it is tokenised
-DOCUMENTS = 512  # that a worker tokenises at once
+DOCUMENTS, TOGETHER = 512, CHARACTERS_AT_ONCE / CHARACTERS  # that a worker tokenises at once
 HEADER = 105  # bytes that a tensor's entry takes in a file of tensors
 
 
@@ -23,7 +26,10 @@ def training_cost(planned: Planned) -> StageCost:
     told = train.scratch if isinstance(train, Scratch) else train.finetune
     length = train.scratch.context if isinstance(train, Scratch) else planned.length
     sequences = told.steps * told.batch
-    held = told.batch * length * planned.sizes.model.pass_bytes(4)
+    tokens = planned.sizes.corpus.num_tokens  # all read and tokenised before the first step
+    longest = length if planned.params.tokenize.mode == "pack" else planned.params.tokenize.context
+    held = told.batch * longest * planned.sizes.model.pass_bytes(4)
+    held += WRITTEN * tokens + ENCODED * min(tokens, TOGETHER)
     return planned.cost(
         "train",
         sequences=sequences,
@@ -41,7 +47,8 @@ def tokenize_cost(planned: Planned) -> StageCost:
     rows = (ROW * corpus.num_sequences) + (3 * corpus.num_documents)
     shards = planned.shards(corpus.num_documents)
     a_document = corpus.num_tokens / max(1, corpus.num_documents)
-    encoded = min(DOCUMENTS, corpus.num_documents / shards) * a_document * ENCODED
+    together = min(DOCUMENTS, corpus.num_documents / shards) * a_document
+    encoded = max(a_document, min(together, TOGETHER)) * ENCODED
     held = planned.at_once(shards) * encoded
     held += 300.0 * (corpus.num_documents + corpus.num_sequences)  # and their names
     return planned.cost(

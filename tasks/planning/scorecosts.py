@@ -14,7 +14,9 @@ QUERIES_AT_ONCE = 32  # of stage query
 GRADIENTS = 4  # dense gradients of a layer at once: formed, rotated, solved, being truncated
 # Bytes that parquet and HTML take on disk, measured: a row of scores, of a table of ranks; a layer
 # and token of a grid, a token beside it; a token of the page, and the page itself.
-SCORE, RANK, CELL, TOKEN, SHOWN, PAGE = 12, 22, 4.3, 7, 24, 155_000
+SCORE, RANK, CELL, TOKEN, SHOWN, PAGE = 12, 22, 4.3, 7, 30, 155_000
+# Bytes in memory: a token of the top with its share; a candidate's ranks by the baselines.
+READ, RANKED = 200, 500
 FIGURES = 60_000  # bytes of the pictures and small tables of stage validate
 
 
@@ -190,7 +192,9 @@ def validate_cost(planned: Planned) -> StageCost:
 
 
 def report_cost(planned: Planned) -> StageCost:
-    """The page holds every token that it shows with its share."""
-    shown = 2 * planned.params.report.top * planned.sizes.num_queries * planned.length
-    page = PAGE + SHOWN * shown
-    return planned.cost("report", host=planned.sizes.bare + 20 * page, disk=page)
+    """The page holds every token that it shows with its share; the stage reads all of the top."""
+    params, queries = planned.params, planned.sizes.num_queries
+    page = PAGE + SHOWN * 2 * params.report.top * queries * planned.length
+    tokens = min(2 * params.score.top, planned.num_candidates) * queries * planned.length
+    held = tokens * (READ + 8 * len(planned.layers)) + RANKED * queries * planned.num_candidates
+    return planned.cost("report", host=planned.sizes.bare + held + 10 * page, disk=page)
