@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from tasks.active import check_active, check_inputs
+from tasks.corpora import Corpus, documents
+from tasks.faraway import is_far
 from tasks.params import load_params, params_file
+from tasks.querylines import check_queries
 from tasks.validation.activation import check_active_benchmark, check_data
 from tasks.validation.settings import benchmark_file, is_benchmark, load_benchmark
 from tasks.workspace import STAGES
@@ -25,6 +28,9 @@ def check(root: Path, name: str) -> str:
     params = load_params(root, name)
     fit = check_active(root, name, params)
     check_inputs(root, name, params)
+    check_queries(root / params.query.path)
+    if not is_far(params.corpus.path):  # its first document; all others when they are tokenised
+        next(documents(Corpus.of(params.corpus, root)), None)
     return fit
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from flows import checks
 from tasks import active
 from tasks.origin import Architecture, Checkpoint, HubCheckpoint, Scratch
 from tasks.params import NoFilter, Value, load_params, params_file
@@ -267,3 +268,24 @@ def test_an_input_that_does_not_exist_is_named_with_its_key(project, key):
     params = load_params(project, "tinystories")
     with pytest.raises(ValueError, match=f"`{key}`: given 'data/nowhere', but .* does not exist"):
         active.check_inputs(project, "tinystories", params)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "query", "complaint"),
+    [
+        ('{"body": "A cat."}', '{"name": "q", "prompt": "A", "completion": " cat"}',
+         r"mine.jsonl:1: no field 'text', which corpus.text names; fields there: 'body'"),
+        ('{"id": "a", "text": "A cat."}', '{"name": "q", "prompt": "A", "completion": ""}',
+         r"asked.jsonl:1: the query's completion is empty"),
+    ],
+)  # fmt: skip
+def test_lines_that_cannot_be_read_are_told_before_a_stage_begins(
+    project, corpus, query, complaint
+):
+    (project / "mine.jsonl").write_text(corpus + "\n")
+    (project / "asked.jsonl").write_text(query + "\n")
+    edit(project, "tinystories", put("corpus.path", "mine.jsonl"))
+    edit(project, "tinystories", put("query.path", "asked.jsonl"))
+    active.activate(project, "tinystories")
+    with pytest.raises(ValueError, match=complaint):
+        checks.check(project, "tinystories")
