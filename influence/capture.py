@@ -50,11 +50,15 @@ class LayerIO:
 
     def gradient(self) -> Float[Tensor, "n o d_in"]:
         """Per-sequence gradients Σ_t ds [a; 1]ᵀ, the bias in the last column."""
-        weight = self.ds.mT @ self.a
         if not self.has_bias:
-            return weight
-        # A sum for the bias: ones beside every activation would cost a copy of `a`.
-        return torch.cat([weight, self.ds.sum(dim=1).unsqueeze(-1)], dim=-1)
+            return self.ds.mT @ self.a
+        # Both parts go where they belong: joined afterwards they would be copied, and ones beside
+        # every activation would cost a copy of `a`.
+        (n, _, i), o = self.a.shape, self.ds.shape[2]
+        joined = self.ds.new_empty(n, o, i + 1)
+        torch.bmm(self.ds.mT, self.a, out=joined[..., :-1])
+        torch.sum(self.ds, dim=1, out=joined[..., -1])
+        return joined
 
 
 class Capture:

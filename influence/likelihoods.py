@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+NO_TARGET = -100  # instead of a class: a row without a loss; PyTorch's own number for it
 CLASSES = 64  # of a block, of which a draw sees the sum first
 
 
@@ -49,9 +50,11 @@ class Softmax:
     """Outputs are logits over classes, a target is a class."""
 
     def loss(self, outputs: Float[Tensor, "m c"], targets: Tensor) -> Float[Tensor, " m"]:
-        """Cross-entropy, in float32 at least."""
+        """Cross-entropy, in float32 at least; 0, with gradient 0, where there is `NO_TARGET`."""
         outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
-        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return nn.functional.cross_entropy(
+            outputs, targets, reduction="none", ignore_index=NO_TARGET
+        )
 
     def sample(self, outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Tensor:
         """A class for each row."""

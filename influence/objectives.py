@@ -40,8 +40,14 @@ def log_probability(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tens
 
 
 def _loss(outputs: Tensor, batch: Any, labels: Tensor) -> Float[Tensor, " n"]:
-    losses = batch.likelihood.loss(batch.rows(outputs), batch.row_labels(labels))
-    return losses.new_zeros(len(batch.ids)).index_add(0, batch.owners, losses)
+    if isinstance(batch, TokenBatch) and batch.most_carry_loss:
+        rows, targets = outputs.flatten(0, 1), batch.position_labels(labels).flatten()
+        owners = torch.arange(len(batch.ids), device=rows.device)
+        owners = owners.repeat_interleave(outputs.shape[1])
+    else:
+        rows, targets, owners = batch.rows(outputs), batch.row_labels(labels), batch.owners
+    losses = batch.likelihood.loss(rows, targets)
+    return losses.new_zeros(len(batch.ids)).index_add(0, owners, losses)
 
 
 @torch.no_grad()

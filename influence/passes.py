@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from influence.capture import LayerIO, NonFiniteError, capture
 from influence.examples import Batch
+from influence.fused import fused_activations
 from influence.layers import Layer
 from influence.objectives import forward, pseudo_loss, sample_labels
 
@@ -56,7 +57,7 @@ def run_pass(
     Raises:
         NonFiniteSequenceError: if an activation is NaN or infinite.
     """
-    with capture(model, layers) as captured:
+    with fused_activations(model), capture(model, layers) as captured:
         outputs = forward(model, batch)
         values = objective(outputs, batch.to(outputs.device))
         try:

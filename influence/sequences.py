@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from influence.likelihoods import Likelihood, Softmax
+from influence.likelihoods import NO_TARGET, Likelihood, Softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,21 @@ class TokenBatch:
     def owners(self) -> Int[Tensor, " m"]:
         """Of each row of outputs that carries a loss, the sequence that it belongs to."""
         return self.loss_positions.nonzero(as_tuple=True)[0]
+
+    @property
+    def most_carry_loss(self) -> bool:
+        """Whether to take the loss of every position is cheaper than to leave some out first.
+
+        Leaving out copies the rows of outputs, and their gradients on the way back, which costs
+        about as much as their loss. On a GPU the answer is always yes: to count makes it wait.
+        """
+        on_cpu = self.supervised.device.type == "cpu"
+        return not on_cpu or 2 * self.num_supervised >= self.supervised.numel()
+
+    def position_labels(self, labels: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+        """The label that each position predicts; `NO_TARGET` at those that carry no loss."""
+        following = torch.nn.functional.pad(labels[:, 1:], (0, 1))
+        return following.masked_fill(~self.loss_positions, NO_TARGET)
 
     def rows(self, outputs: Float[Tensor, "n t v"]) -> Float[Tensor, "m v"]:
         """The rows of positions that carry a loss; the others are left out before any product."""

@@ -42,6 +42,23 @@ def test_the_pseudo_loss_is_the_same_sum_with_other_labels():
     )
 
 
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_positions_without_a_loss_have_none_whether_they_are_left_out_first_or_not(prompt):
+    """Few of them stay in, since a copy without them is dearer; many are left out."""
+    model, sequences = models.mlp(), models.corpus(lengths=(7, 7, 6), prompt=prompt)
+    for tokens, supervised in sequences:
+        supervised[:] = torch.arange(len(tokens)) >= prompt
+    batch = models.batch(sequences)
+    assert batch.most_carry_loss == (prompt == 1)
+    logits = forward(model, batch).detach().requires_grad_()
+    losses = training_loss(logits, batch)
+    wanted = torch.stack([-oracles.log_probability(model, z) for z in sequences])
+    torch.testing.assert_close(losses, wanted, rtol=1e-12, atol=0)
+    [slope] = torch.autograd.grad(losses.sum(), logits)
+    reaches = slope.ne(0).any(dim=-1)
+    torch.testing.assert_close(reaches, batch.loss_positions)
+
+
 def test_a_sequence_without_supervised_tokens_has_no_loss():
     tokens = torch.tensor([1, 2, 3])
     batch = models.batch([(tokens, torch.zeros(3, dtype=torch.bool)), (tokens, tokens > 1)])
