@@ -9,22 +9,26 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks import clock, models, scale, table
-from benchmarks.phases import PHASES, Setting, disk_mib, ours, shared_lost, unit
+from benchmarks.phases import ALONE, PHASES, Setting, disk_mib, ours, shared_lost, unit
 
 PEER = "peer: "
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if not given.repeats and not given.memory:
+        parser.error("--repeats 0 measures no times; add --memory, or repeat at least once")
     torch.set_num_threads(given.threads)
     if given.scale:
-        scale.main()
+        scale.main(table.ROOT if given.keep else None)
         return
     shape = models.shape_of(given.model)
     setting = Setting(
@@ -35,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     about = {
         "model": given.model, "length": given.length, "layers": given.layers,
-        "machine": table.machine(), "threads": given.threads, "repeats": given.repeats,
+        "sequences": given.sequences,
+        "machine": table.machine(), "threads": given.threads,
     }  # fmt: skip
+    if given.repeats:
+        about["repeats"] = given.repeats
     lines = []
     for line in measured(setting, given):
         lines.append(about | line)
@@ -49,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A line for each phase; with a peer, how far it agrees and what both would write."""
     names = given.phase or PHASES
+    if not given.repeats:
+        for name in names:
+            yield {"phase": name, **_peaks(given, name)}
+        return
     peer = _kronfluence(setting) if given.peer else None
     works = ours(setting, names)
     if peer is not None:
@@ -64,9 +75,7 @@ def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, 
             line |= _told(theirs, "peer_fb")
             line |= _told(clock.Ratio(tuple(mine / other for mine, other in pairs)), "over_peer")
         if given.memory:
-            line["peak_mib"] = _memory(given, name)
-            if PEER + name in found:
-                line["peer_peak_mib"] = _memory(given, PEER + name)
+            line |= _peaks(given, name)
         if name == "stream 1024 shared":
             line["lost"] = shared_lost(setting)
         yield line
@@ -88,12 +97,21 @@ def _told(ratio: clock.Ratio, name: str) -> dict[str, float]:
 
 def _peak(setting: Setting, name: str) -> dict[str, float | None]:
     """Of this process, above what it is given: the model, factors, prepared queries."""
+    setting = replace(setting, made_up=True)
     unit(setting).call()  # what is made once at first use is there before the clock starts
     if name.startswith(PEER):
         [work] = _kronfluence(setting).works([name.removeprefix(PEER)]).values()
     else:
         [work] = ours(setting, [name]).values()
     return {"peak_mib": clock.peak_mib(work.call)}
+
+
+def _peaks(given: argparse.Namespace, name: str) -> dict[str, float | None]:
+    """Of a phase, and of the peer's where it has one."""
+    found = {"peak_mib": _memory(given, name)}
+    if given.peer and name not in ALONE:
+        found["peer_peak_mib"] = _memory(given, PEER + name)
+    return found
 
 
 def _memory(given: argparse.Namespace, name: str) -> float | None:
@@ -116,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--layers", nargs="+", default=["mlp"], help="roles or globs")
     parser.add_argument("--batch", type=int, default=2048, help="tokens of a pass")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0: no times, with --memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phase", action="append", choices=PHASES, help="only these; repeat it")
     parser.add_argument("--peer", choices=["kronfluence"], help="the same work by a peer")

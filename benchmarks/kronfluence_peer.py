@@ -219,6 +219,12 @@ class Kronfluence:
 
     @cached_property
     def eigen(self) -> Factors:
+        if self.setting.made_up:
+            bases = self.setting.bases
+            return {
+                ACTIVATION_EIGENVECTORS_NAME: {n: each.Q_A for n, each in bases.items()},
+                GRADIENT_EIGENVECTORS_NAME: {n: each.Q_S for n, each in bases.items()},
+            }
         copies = {name: dict(each) for name, each in self.covariances.items()}
         return perform_eigendecomposition(
             copies, self.model, self.state, self.factor_args, disable_tqdm=True

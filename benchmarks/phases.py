@@ -46,6 +46,7 @@ class Setting:
         patterns: which layers.
         num_queries: of `QUERY_LENGTH` tokens or the sequences' length, whichever is less.
         tokens_per_batch: of a pass.
+        made_up: eigenbases are rotations drawn at random, where only their size matters.
     """
 
     shape: models.Shape = models.SHAPES["M"]
@@ -54,6 +55,7 @@ class Setting:
     patterns: tuple[str, ...] = ("mlp",)
     num_queries: int = 8
     tokens_per_batch: int = 2048
+    made_up: bool = False
 
     @cached_property
     def model(self) -> nn.Module:
@@ -93,6 +95,11 @@ class Setting:
 
     @cached_property
     def bases(self) -> dict[str, EigenBasis]:
+        if self.made_up:
+            return {
+                layer.name: EigenBasis(_rotation(layer.d_in), _rotation(layer.d_out))
+                for layer in self.layers
+            }
         Q_A, Q_S = (
             {n: eigendecompose(c.value, n).vectors.float() for n, c in side.items()}
             for side in (self.factors.inputs, self.factors.outputs)
@@ -122,6 +129,11 @@ class Setting:
             )
             for layer in self.layers
         }
+
+
+def _rotation(size: int) -> Tensor:
+    drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+    return torch.linalg.qr(drawn)[0]
 
 
 def unit(setting: Setting) -> Work:
@@ -158,6 +170,7 @@ PHASES = (
     "factors", "lambda", "self", "query", "stream 8", "tokens 8", "stream 64", "stream 1024",
     "stream 1024 shared",
 )  # fmt: skip
+ALONE = ("tokens 8", "stream 1024 shared")  # phases that the peer does not have
 
 
 def shared_lost(setting: Setting, num_queries: int = 64) -> float:

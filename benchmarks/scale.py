@@ -5,10 +5,13 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import growth, table
 from benchmarks.clock import Work, seconds
 from benchmarks.models import Shape
 from benchmarks.phases import Setting, ours, stream_work
@@ -64,7 +67,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def measured(axis: Axis, repeats: int = REPEATS) -> dict[str, object]:
+def measured(axis: Axis, repeats: int = REPEATS) -> dict[str, Any]:
     """Median seconds at each size, in turn within a repeat, and the exponent."""
     points = list(axis.points())
     taken: list[list[float]] = [[] for _ in points]
@@ -108,10 +111,19 @@ def workers(setting: Setting, num_workers: int, repeats: int = REPEATS) -> float
     return statistics.median(ratios)
 
 
-def main() -> None:
-    """Print a JSON line for each axis, all on one thread."""
+def main(keep: Path | None = None) -> None:
+    """Print a JSON line for each axis, all on one thread; `keep`: where docs/engine is written."""
     torch.set_num_threads(1)
+    lines: list[dict[str, Any]] = []
+
+    def tell(line: dict[str, Any]) -> None:
+        lines.append({"machine": table.machine()} | line)
+        print(json.dumps(lines[-1]), flush=True)
+
     for axis in axes():
-        print(json.dumps(measured(axis)), flush=True)
-    gain = workers(replace(SMALL, length=512), 2)
-    print(json.dumps({"axis": "workers", "phase": "stream 8", "two_over_one": gain}), flush=True)
+        tell(measured(axis))
+    gain = workers(Setting(), 2)
+    tell({"axis": "workers", "phase": "stream 8", "two_over_one": gain})
+    if keep is not None:
+        growth.keep(keep / table.FOLDER, lines)
+        table.write(keep)

@@ -1,4 +1,4 @@
-"""What was measured, kept in docs/engine/*.jsonl, and the table and figure that are made of it."""
+"""What was measured, kept in docs/engine/*.jsonl, and the tables and figures made of it."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from benchmarks import growth
 
 ROOT = Path(__file__).parent.parent
 FOLDER, PAGE, FIGURE = Path("docs/engine"), Path("docs/results.md"), Path("docs/engine/engine.png")
@@ -38,20 +40,19 @@ def machine() -> str:
 
 
 def keep(root: Path, lines: Sequence[Line]) -> Path:
-    """Write the lines of one run; of an earlier one here, those of other phases stay.
+    """Write the lines of one run; of an earlier one here, what this one did not measure stays.
 
-    So that what does not fit into memory together can be measured apart.
+    So that phases, and their times and memory, can be measured apart.
     """
     about = lines[0]
     name = f"{about['model']}-{about['length']}-{'+'.join(about['layers'])}.jsonl"
     path = root / FOLDER / name
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = {
-        _told(line): line
-        for line in [*map(json.loads, earlier), *lines]
-        if line["machine"] == about["machine"]
-    }
+    kept: dict[str, Line] = {}
+    for line in [*map(json.loads, earlier), *lines]:
+        if line["machine"] == about["machine"]:
+            kept[_told(line)] = {**kept.get(_told(line), {}), **line}
     order = [*TOLD, *(key for key in kept if key not in TOLD)]
     text = "".join(json.dumps(kept[key], ensure_ascii=False) + "\n" for key in order if key in kept)
     partial = path.with_suffix(".partial")
@@ -70,17 +71,27 @@ def read(root: Path) -> dict[str, list[Line]]:
     return {
         path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in sorted((root / FOLDER).glob("*.jsonl"))
+        if path.stem != growth.NAME
     }
 
 
+def block(root: Path) -> str:
+    """What stands between the markers: the phases of every setting, and how they grow."""
+    parts = [render(read(root))]
+    if (root / FOLDER / f"{growth.NAME}.jsonl").exists():
+        parts.append(growth.render(growth.read(root / FOLDER)))
+    return "\n\n".join(parts)
+
+
 def write(root: Path) -> None:
-    """Bring the page's block and the figure up to date."""
-    runs = read(root)
+    """Bring the page's block and the figures up to date."""
     page = root / PAGE
     text = page.read_text(encoding="utf-8")
-    page.write_text(with_block(text, render(runs)), encoding="utf-8")
-    if runs:
+    page.write_text(with_block(text, block(root)), encoding="utf-8")
+    if runs := read(root):
         draw(runs, root / FIGURE)
+    if lines := growth.read(root / FOLDER):
+        growth.draw(lines, root / FOLDER / f"{growth.NAME}.png")
 
 
 def with_block(text: str, block: str) -> str:
@@ -105,19 +116,20 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
         parts += [
             f"### {name}",
             "",
-            f"{about['machine']}, {about['threads']} thread; medians of {about['repeats']} "
+            f"{about['machine']}, {about['threads']} thread; medians of {about.get('repeats', 0)} "
             "interleaved repeats [smallest, largest].",
             "",
-            "| phase | fb a token | kronfluence | ours ÷ kronfluence | peak above the model, MiB |",
-            "| --- | --- | --- | --- | --- |",
+            "| phase | sequences | fb a token | kronfluence | ours ÷ kronfluence "
+            "| peak above the model, MiB |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         agreement: dict[str, float] = {}
         for line in lines:
             agreement |= line.get("agreement", {})
             if "phase" in line:
                 cells = [
-                    TOLD[line["phase"]], *(_cell(line, key) for key in ("fb", "peer_fb")),
-                    _cell(line, "over_peer"), _memory(line),
+                    TOLD[line["phase"]], str(line["sequences"]),
+                    *(_cell(line, key) for key in ("fb", "peer_fb", "over_peer")), _memory(line),
                 ]  # fmt: skip
                 parts.append(f"| {' | '.join(cells)} |")
         for line in lines:
@@ -157,7 +169,7 @@ def draw(runs: Mapping[str, Sequence[Line]], path: Path) -> None:
     """Cost of each phase, both sides, a panel a setting."""
     figure, panels = plt.subplots(1, len(runs), figsize=(5 * len(runs), 4), squeeze=False)
     for panel, (name, lines) in zip(panels[0], runs.items(), strict=False):
-        phases = [line for line in lines if "phase" in line]
+        phases = [line for line in lines if "fb" in line]
         at = range(len(phases))
         panel.barh([x + 0.2 for x in at], [p["fb"] for p in phases], 0.4, label="influence")
         peers = [p.get("peer_fb", 0.0) for p in phases]

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import clock, engine, forms, models, scale, table
+from benchmarks import clock, engine, forms, growth, models, scale, table
 from benchmarks.phases import PHASES, Setting, ours, unit
 from tests.conftest import ROOT
 
@@ -24,6 +24,19 @@ def test_every_phase_prints_a_line_with_its_ratio(capsys):
     for line in lines:
         assert 0 < line["fb_low"] <= line["fb"] <= line["fb_high"]
         assert (line["model"], line["length"], line["repeats"]) == ("S", 12, 2)
+
+
+def test_memory_alone_takes_no_times(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "_memory", lambda given, name: asked.append(name) or 7.0)
+    phases = ["--phase", "tokens 8", "--phase", "stream 8"]
+    engine.main([*SMALL, "--repeats", "0", "--memory", "--peer", "kronfluence", *phases])
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert asked == ["tokens 8", "stream 8", "peer: stream 8"]  # the peer has no token scores
+    assert (first["peak_mib"], "peer_peak_mib" in first, "fb" in first) == (7.0, False, False)
+    assert (second["peak_mib"], second["peer_peak_mib"]) == (7.0, 7.0)
+    with pytest.raises(SystemExit):
+        engine.main([*SMALL, "--repeats", "0"])
 
 
 @pytest.fixture
@@ -118,7 +131,7 @@ def test_zipf_tokens_are_mostly_common():
 
 
 def line(phase: str, fb: float, **more: float) -> dict[str, object]:
-    about = {"model": "M", "length": 512, "layers": ["mlp"], "machine": "a machine"}
+    about = {"model": "M", "length": 512, "layers": ["mlp"], "machine": "a machine", "sequences": 8}
     spread = {"fb": fb, "fb_low": fb - 0.01, "fb_high": fb + 0.02}
     return about | {"threads": 1, "repeats": 5, "phase": phase} | spread | more
 
@@ -197,6 +210,8 @@ def test_what_is_kept_is_what_the_table_says(tmp_path):
     table.keep(tmp_path, [line("lambda", 9.9)])
     table.keep(tmp_path, [line("stream 8", 0.7)])  # and what was measured of others stays
     table.keep(tmp_path, [first, agreement])  # the same phase again is replaced
+    memory = {key: first[key] for key in ("model", "length", "layers", "machine", "phase")}
+    table.keep(tmp_path, [memory | {"peak_mib": 200.0}])  # but not what was not measured again
     [lines] = table.read(tmp_path).values()
     assert [told.get("phase") for told in lines] == ["lambda", "stream 8", None]
     table.write(tmp_path)
@@ -204,17 +219,37 @@ def test_what_is_kept_is_what_the_table_says(tmp_path):
     assert text.startswith("before\n<!-- engine -->")
     assert text.endswith("<!-- /engine -->\nafter")
     assert (
-        "| Λ | 1.23 [1.22, 1.25] | 1.50 [1.40, 1.60] | 0.50 [0.45, 0.55] | 100 against 1,200 |"
+        "| Λ | 8 | 1.23 [1.22, 1.25] | 1.50 [1.40, 1.60] | 0.50 [0.45, 0.55] | 200 against 1,200 |"
         in text
     )
-    assert "| stream, 8 queries of rank 32 | 0.70 [0.69, 0.72] | – | – | – |" in text
+    assert "| stream, 8 queries of rank 32 | 8 | 0.70 [0.69, 0.72] | – | – | – |" in text
     assert "A 7e-08" in text
     assert (tmp_path / table.FIGURE).stat().st_size > 1000
 
 
 def test_the_committed_page_is_what_was_measured():
     text = (ROOT / table.PAGE).read_text("utf-8")
-    assert table.with_block(text, table.render(table.read(ROOT))) == text
+    assert table.with_block(text, table.block(ROOT)) == text
+
+
+def test_growth_is_kept_told_and_drawn(tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/results.md").write_text("<!-- engine --><!-- /engine -->")
+    axis = {"axis": "rank", "phase": "stream", "sizes": [8, 1024], "seconds": [0.5, 2.0]}
+    told = axis | {"exponent": 0.2857}
+    monkeypatch.setattr(scale, "axes", lambda: ["the one"])
+    monkeypatch.setattr(scale, "measured", {"the one": told}.get)
+    monkeypatch.setattr(scale, "workers", lambda setting, num: 0.9 * num)
+    scale.main(tmp_path)
+    scale.main(tmp_path)  # in the place of the first
+    lines = growth.read(tmp_path / table.FOLDER)
+    assert [line["axis"] for line in lines] == ["rank", "workers"]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert table.read(tmp_path) == {}  # no setting's phases
+    text = (tmp_path / "docs/results.md").read_text()
+    assert "| rank of the queries | stream | 8, 1,024 | 0.50, 2.00 | 0.29 |" in text
+    assert "do 1.80 times what one does" in text
+    assert (tmp_path / table.FOLDER / "growth.png").stat().st_size > 1000
 
 
 def test_every_phase_has_words():
