@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     shape = models.shape_of(given.model)
     setting = Setting(
-        shape, given.length, given.sequences, tuple(given.layers), given.queries, given.batch
-    )
+        shape, given.length, given.sequences, tuple(given.layers), given.queries, given.batch,
+        given.made_up,
+    )  # fmt: skip
     if given.memory_of:
         print(json.dumps(_peak(setting, given.memory_of)))
         return
@@ -79,7 +80,7 @@ def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, 
         if name == "stream 1024 shared":
             line["lost"] = shared_lost(setting)
         yield line
-    if peer is not None:
+    if peer is not None and not given.made_up:
         yield {"agreement": peer.agreement(setting)}
         yield {"disk_mib": disk_mib(setting), "peer_disk_mib": peer.disk_mib()}
 
@@ -138,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phase", action="append", choices=PHASES, help="only these; repeat it")
     parser.add_argument("--peer", choices=["kronfluence"], help="the same work by a peer")
+    parser.add_argument(
+        "--made-up", action="store_true",
+        help="eigenbases drawn at random, which cost a pass the same; no agreement, no sizes",
+    )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="write docs/engine and docs/results.md")
     parser.add_argument("--scale", action="store_true", help="sweeps of one axis at a time")
     parser.add_argument("--memory", action="store_true", help="peak memory too, a process each")
