@@ -123,7 +123,7 @@ def _memory(given: argparse.Namespace, name: str) -> float | None:
         "--threads", str(given.threads), "--queries", str(given.queries),
         "--batch", str(given.batch), "--layers", *given.layers,
     ]  # fmt: skip
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(told.splitlines()[-1])["peak_mib"]
 
 

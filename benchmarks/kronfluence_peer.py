@@ -21,8 +21,10 @@ from kronfluence.score.self import compute_self_scores_with_loaders
 from kronfluence.task import Task
 from kronfluence.utils.constants import (
     ACCUMULATED_PRECONDITIONED_GRADIENT_NAME,
+    ACTIVATION_EIGENVALUES_NAME,
     ACTIVATION_EIGENVECTORS_NAME,
     ALL_MODULE_NAME,
+    GRADIENT_EIGENVALUES_NAME,
     GRADIENT_EIGENVECTORS_NAME,
     LAMBDA_MATRIX_NAME,
 )
@@ -223,7 +225,9 @@ class Kronfluence:
             bases = self.setting.bases
             return {
                 ACTIVATION_EIGENVECTORS_NAME: {n: each.Q_A for n, each in bases.items()},
+                ACTIVATION_EIGENVALUES_NAME: {n: torch.ones(b.d_in) for n, b in bases.items()},
                 GRADIENT_EIGENVECTORS_NAME: {n: each.Q_S for n, each in bases.items()},
+                GRADIENT_EIGENVALUES_NAME: {n: torch.ones(b.d_out) for n, b in bases.items()},
             }
         copies = {name: dict(each) for name, each in self.covariances.items()}
         return perform_eigendecomposition(

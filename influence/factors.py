@@ -92,10 +92,7 @@ def fit_factors(
         num_batches += 1
     if not num_batches:
         raise ValueError("no batch to fit the Kronecker factors on; give at least one sequence")
-    return Factors(
-        {group: moment.covariance() for group, moment in inputs.items()},
-        {name: moment.covariance() for name, moment in outputs.items()},
-    )
+    return Factors(_covariances(inputs), _covariances(outputs))
 
 
 class _Moment:
@@ -124,6 +121,11 @@ class _Moment:
             total[-1, :-1] = total[:-1, -1] = self._ones
             total[-1, -1] = self._num_tokens
         return Covariance(total, self._num_tokens)
+
+
+def _covariances(moments: dict[str, _Moment]) -> dict[str, Covariance]:
+    """Of all; each sum is let go as soon as it is in float64, so that few are there twice."""
+    return {name: moments.pop(name).covariance() for name in list(moments)}
 
 
 def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Float[Tensor, "s o"]]:

@@ -118,7 +118,7 @@ class _Squares:
         if layer.name not in self._sums:
             zero = torch.zeros(layer.d_out, layer.d_in, dtype=torch.float64)
             return Spectrum(zero, zero.new_zeros(()), zero.new_zeros(()), num_sequences)
-        total = self._sums[layer.name].total()
+        total = self._sums.pop(layer.name).total()  # let go: few are there twice
         before, after = self._norms.get(layer.name, total.new_zeros(2))
         return Spectrum(total, before, after, num_sequences)
 
