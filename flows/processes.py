@@ -16,7 +16,8 @@ from flows import witness
 
 GRACE = 5.0  # seconds between the request to end and the kill
 PR_SET_PDEATHSIG = 1
-INTERRUPTED = 130  # exit status, as shells have it
+STDERR = 2
+INTERRUPTED, TERMINATED = 130, 143  # exit statuses, as shells have them
 
 
 def end_with_parent() -> None:
@@ -42,16 +43,37 @@ def _watch(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_when_interrupted() -> None:
-    """At Ctrl-C, end within `GRACE` even if threads are in the middle of a shard."""
+def end_when_interrupted(label: str) -> None:
+    """At Ctrl-C, say so and end within `GRACE`, even if threads are in the middle of a shard."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        timer = threading.Timer(GRACE, os._exit, (INTERRUPTED,))
-        timer.daemon = True
-        timer.start()
+        _exit_soon(label, INTERRUPTED)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+
+
+def end_when_terminated(label: str) -> None:
+    """Within a flow run: the same at SIGTERM, to which Prefect's own handler answers first."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only that one may; another process's signals are not for this flow
+    answer = signal.getsignal(signal.SIGTERM)
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        _exit_soon(label, TERMINATED)
+        if not callable(answer):
+            raise SystemExit(TERMINATED)
+        answer(number, frame)
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def _exit_soon(label: str, status: int) -> None:
+    # Not by sys.stderr, which may be in the middle of a line of its own.
+    os.write(STDERR, f"{label}: stopped; finished shards are kept\n".encode())
+    timer = threading.Timer(GRACE, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def have_witness() -> None:

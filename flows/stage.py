@@ -22,6 +22,7 @@ from flows.checks import check, last_stage
 from flows.processes import (
     INTERRUPTED,
     end_when_interrupted,
+    end_when_terminated,
     end_with_parent,
     have_witness,
 )
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="NAME", help="of a run or a benchmark")
     given = parser.parse_args(arguments)
     label, start = f"{given.stage}@{given.run}", time.monotonic()
-    end_when_interrupted()
+    end_when_interrupted(label)
     if "DVC_STAGE" in os.environ:
         end_with_parent()
     try:
@@ -52,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as raised:
         error = raised
     except KeyboardInterrupt:
-        sys.stderr.write(f"{label}: stopped; finished shards are kept\n")
         return INTERRUPTED
     if error is not None:
         _complain(label, error)
@@ -109,6 +109,7 @@ def stage_flow(context: Context) -> Any:
 
     def stage_of_run(stage: str, run: str) -> Any:
         have_witness()
+        end_when_terminated(f"{stage}@{run}")
         try:
             with accelerator(context.params.runtime):
                 work(dataclasses.replace(context, tags=_tags()))

@@ -174,13 +174,17 @@ def test_an_interrupt_ends_the_pipeline_and_what_it_started(checkout):
     assert not outlive(below, 5)
 
 
-def test_an_interrupt_ends_a_stage_in_the_middle_of_a_shard(checkout):
+@pytest.mark.parametrize(
+    ("sent", "statuses"), [(signal.SIGINT, {130}), (signal.SIGTERM, {143, -15})]
+)
+def test_a_signal_ends_a_stage_in_the_middle_of_a_shard(checkout, sent, statuses):
     command = ("python", "-m", "flows.stage", "train", "smoke")
     with checkout.flag(HOLD), checkout.started(*command) as process:
         wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
-    assert process.returncode == 130
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode in statuses, err
+    assert "train@smoke: stopped; finished shards are kept" in err
     assert len(checkout.shards("train")) == 2
 
 
