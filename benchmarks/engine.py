@@ -10,14 +10,19 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from benchmarks import clock, models, scale, table
-from benchmarks.phases import ALONE, PHASES, Setting, disk_mib, ours, shared_lost, unit
+from benchmarks.phases import PHASES, Setting, disk_mib, ours, shared_lost, unit
 
 PEER = "peer: "
+PEERS = {  # and the phases that each has
+    "kronfluence": ("factors", "lambda", "self", "query", "stream 8", "stream 64", "stream 1024"),
+    "bergson": ("factors", "lambda", "stream 8 full"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     if given.repeats:
         about["repeats"] = given.repeats
+    if given.peer:
+        about["peer"] = given.peer
     lines = []
     for line in measured(setting, given):
         lines.append(about | line)
@@ -61,7 +68,7 @@ def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, 
         for name in names:
             yield {"phase": name, **_peaks(given, name)}
         return
-    peer = _kronfluence(setting) if given.peer else None
+    peer = _peer(given.peer)(setting) if given.peer else None
     works = ours(setting, names)
     if peer is not None:
         works |= {f"{PEER}{name}": work for name, work in peer.works(names).items()}
@@ -82,13 +89,13 @@ def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, 
         yield line
     if peer is not None and not given.made_up:
         yield {"agreement": peer.agreement(setting)}
-        yield {"disk_mib": disk_mib(setting), "peer_disk_mib": peer.disk_mib()}
+        if given.peer == "kronfluence":
+            yield {"disk_mib": disk_mib(setting), "peer_disk_mib": peer.disk_mib()}
 
 
-def _kronfluence(setting: Setting) -> Any:
-    from benchmarks.kronfluence_peer import Kronfluence  # an extra that need not be there
-
-    return Kronfluence(setting)
+def _peer(name: str) -> Any:
+    """The class that does a peer's work; an extra that need not be there."""
+    return getattr(import_module(f"benchmarks.{name}_peer"), name.capitalize())
 
 
 def _told(ratio: clock.Ratio, name: str) -> dict[str, float]:
@@ -101,7 +108,8 @@ def _peak(setting: Setting, name: str) -> dict[str, float | None]:
     setting = replace(setting, made_up=True)
     unit(setting).call()  # what is made once at first use is there before the clock starts
     if name.startswith(PEER):
-        [work] = _kronfluence(setting).works([name.removeprefix(PEER)]).values()
+        peer, phase = name.removeprefix(PEER).split(": ")
+        [work] = _peer(peer)(setting).works([phase]).values()
     else:
         [work] = ours(setting, [name]).values()
     return {"peak_mib": clock.peak_mib(work.call)}
@@ -110,8 +118,8 @@ def _peak(setting: Setting, name: str) -> dict[str, float | None]:
 def _peaks(given: argparse.Namespace, name: str) -> dict[str, float | None]:
     """Of a phase, and of the peer's where it has one."""
     found = {"peak_mib": _memory(given, name)}
-    if given.peer and name not in ALONE:
-        found["peer_peak_mib"] = _memory(given, PEER + name)
+    if given.peer and name in PEERS[given.peer]:
+        found["peer_peak_mib"] = _memory(given, f"{PEER}{given.peer}: {name}")
     return found
 
 
@@ -138,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="0: no times, with --memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phase", action="append", choices=PHASES, help="only these; repeat it")
-    parser.add_argument("--peer", choices=["kronfluence"], help="the same work by a peer")
+    parser.add_argument("--peer", choices=PEERS, help="the same work by a peer")
     parser.add_argument(
         "--made-up", action="store_true",
         help="eigenbases drawn at random, which cost a pass the same; no agreement, no sizes",

@@ -157,6 +157,7 @@ def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
         "lambda": _lambda,
         "query": _query,
         "stream 8": lambda s: stream_work(s, 8, RANK),
+        "stream 8 full": lambda s: _stream(s, full_rank_queries(s, 8)),
         "stream 64": lambda s: stream_work(s, 64, RANK),
         "stream 1024": lambda s: stream_work(s, 1024, RANK),
         "stream 1024 shared": lambda s: stream_work(s, 1024, RANK, SHARED),
@@ -167,10 +168,9 @@ def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
 
 
 PHASES = (
-    "factors", "lambda", "self", "query", "stream 8", "tokens 8", "stream 64", "stream 1024",
-    "stream 1024 shared",
+    "factors", "lambda", "self", "query", "stream 8", "tokens 8", "stream 8 full", "stream 64",
+    "stream 1024", "stream 1024 shared",
 )  # fmt: skip
-ALONE = ("tokens 8", "stream 1024 shared")  # phases that the peer does not have
 
 
 def shared_lost(setting: Setting, num_queries: int = 64) -> float:
@@ -261,8 +261,19 @@ def _tokens(setting: Setting) -> Work:
 
 def stream_work(setting: Setting, num_queries: int, rank: int, columns: int | None = None) -> Work:
     """Queries that are prepared already meet all candidates."""
-    prepared = setting.random_queries(num_queries, rank)
+    return _stream(setting, setting.random_queries(num_queries, rank), columns)
 
+
+def full_rank_queries(setting: Setting, num: int) -> dict[str, LowRank]:
+    """Random matrices of the shape of the gradients."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        layer.name: LowRank.of(torch.randn(num, layer.d_out, layer.d_in, generator=generator), None)
+        for layer in setting.layers
+    }
+
+
+def _stream(setting: Setting, prepared: Mapping[str, LowRank], columns: int | None = None) -> Work:
     def call() -> Tensor:
         told = stream(setting.model, setting.layers, prepared, setting.batches, columns=columns)
         return torch.cat([raw for _, raw in told], dim=1)

@@ -17,6 +17,7 @@ from benchmarks import growth
 
 ROOT = Path(__file__).parent.parent
 FOLDER, PAGE, FIGURE = Path("docs/engine"), Path("docs/results.md"), Path("docs/engine/engine.png")
+PEER = "kronfluence"  # the one whose runs have the plain names
 OPEN, CLOSE = "<!-- engine -->", "<!-- /engine -->"
 Line = Mapping[str, Any]
 TOLD = {
@@ -26,6 +27,7 @@ TOLD = {
     "query": "query: gradient, solve, rank 32 (a query token)",
     "stream 8": "stream, 8 queries of rank 32",
     "tokens 8": "the same with token scores",
+    "stream 8 full": "the same at full rank",
     "stream 64": "stream, 64 queries of rank 32",
     "stream 1024": "stream, 1024 queries of rank 32",
     "stream 1024 shared": "the same in a subspace of 256 columns, not exact",
@@ -45,8 +47,10 @@ def keep(root: Path, lines: Sequence[Line]) -> Path:
     So that phases, and their times and memory, can be measured apart.
     """
     about = lines[0]
-    name = f"{about['model']}-{about['length']}-{'+'.join(about['layers'])}.jsonl"
-    path = root / FOLDER / name
+    name = f"{about['model']}-{about['length']}-{'+'.join(about['layers'])}"
+    if (peer := about.get("peer", PEER)) != PEER:
+        name += f"-{peer}"
+    path = root / FOLDER / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept: dict[str, Line] = {}
@@ -113,13 +117,14 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
     parts = []
     for name, lines in runs.items():
         about = lines[0]
+        peer = next((line["peer"] for line in lines if "peer" in line), PEER)
         parts += [
             f"### {name}",
             "",
             f"{about['machine']}, {about['threads']} thread; medians of {about.get('repeats', 0)} "
             "interleaved repeats [smallest, largest].",
             "",
-            "| phase | sequences | fb a token | kronfluence | ours ÷ kronfluence "
+            f"| phase | sequences | fb a token | {peer} | ours ÷ {peer} "
             "| peak above the model, MiB |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
@@ -138,7 +143,7 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
                     f"{key} {value:,.0f} against {line['peer_disk_mib'][key]:,.0f}"
                     for key, value in line["disk_mib"].items()
                 )
-                parts += ["", f"On disk, MiB, ours against kronfluence: {told}."]
+                parts += ["", f"On disk, MiB, ours against {peer}: {told}."]
         for line in lines:
             if "lost" in line:
                 parts += [
@@ -148,7 +153,7 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
                 ]
         if agreement:
             told = ", ".join(f"{key} {value:.0e}" for key, value in agreement.items())
-            parts += ["", f"Relative difference to kronfluence (Frobenius, worst layer): {told}."]
+            parts += ["", f"Relative difference to {peer} (Frobenius, worst layer): {told}."]
         parts.append("")
     return "\n".join(parts).rstrip()
 
@@ -171,9 +176,10 @@ def draw(runs: Mapping[str, Sequence[Line]], path: Path) -> None:
     for panel, (name, lines) in zip(panels[0], runs.items(), strict=False):
         phases = [line for line in lines if "fb" in line]
         at = range(len(phases))
+        peer = next((line["peer"] for line in lines if "peer" in line), PEER)
         panel.barh([x + 0.2 for x in at], [p["fb"] for p in phases], 0.4, label="influence")
         peers = [p.get("peer_fb", 0.0) for p in phases]
-        panel.barh([x - 0.2 for x in at], peers, 0.4, label="kronfluence")
+        panel.barh([x - 0.2 for x in at], peers, 0.4, label=peer)
         panel.set_yticks(list(at), [p["phase"] for p in phases])
         panel.invert_yaxis()
         panel.axvline(1, color="grey", linewidth=0.8)

@@ -12,7 +12,7 @@ from influence.examples import Batch
 from influence.layers import Layer
 from influence.passes import pseudo_gradients
 from influence.sequences import TokenBatch
-from influence.sums import LongSum, add_upper_moment, mirror
+from influence.sums import LongSum, add_upper_moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +110,13 @@ class _Moment:
         x = x.to(self._products.dtype)
         add_upper_moment(self._products.open()[: self._width, : self._width], x)
         if self._ones is not None:
-            self._ones += x.sum(dim=0, dtype=torch.float64)
+            # A product: a sum in float64 would first copy all of x into it.
+            self._ones += x.new_ones(len(x)) @ x
         self._num_tokens += len(x)
 
     def covariance(self) -> Covariance:
         """The sum in float64."""
-        total = self._products.total()
-        mirror(total[: self._width, : self._width])
+        total = self._products.total(mirrored=self._width)
         if self._ones is not None:
             total[-1, :-1] = total[:-1, -1] = self._ones
             total[-1, -1] = self._num_tokens

@@ -58,13 +58,26 @@ def sample_labels(outputs: Float[Tensor, "n ..."], batch: Batch, seed: int) -> T
     shard, worker and restart do not change it. For token sequences `labels[:, t]` replaces token
     t, and unsupervised tokens stay.
     """
-    likelihood, rows = batch.likelihood, batch.rows(outputs)
+    likelihood = batch.likelihood
     if isinstance(batch, TokenBatch):
-        uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])
-        drawn = likelihood.sample(rows, batch.row_labels(uniform).unsqueeze(-1))
-        return batch.with_row_labels(drawn)
+        return _sample_tokens(outputs, batch, seed)
+    rows = batch.rows(outputs)
     uniform = counter_uniform(seed, batch.ids, likelihood.num_uniforms(rows.shape[-1]))
     return likelihood.sample(rows, uniform)
+
+
+def _sample_tokens(
+    outputs: Float[Tensor, "n t v"], batch: TokenBatch, seed: int
+) -> Int[Tensor, "n t"]:
+    uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])
+    if not batch.most_carry_loss:
+        chosen = batch.row_labels(uniform).unsqueeze(-1)
+        return batch.with_row_labels(batch.likelihood.sample(batch.rows(outputs), chosen))
+    # A draw for every position, of which those that carry no loss are not used.
+    following = nn.functional.pad(uniform[:, 1:], (0, 1))
+    drawn = batch.likelihood.sample(outputs.flatten(0, 1), following.reshape(-1, 1))
+    labels = nn.functional.pad(drawn.view_as(batch.tokens)[:, :-1], (1, 0))
+    return labels.where(batch.supervised, batch.tokens)
 
 
 def counter_uniform(

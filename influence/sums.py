@@ -38,10 +38,18 @@ class LongSum:
         self._additions += 1
         return self._gathered
 
-    def total(self) -> Float[Tensor, "rows columns"]:
-        """The sum in float64."""
+    def total(self, mirrored: int = 0) -> Float[Tensor, "rows columns"]:
+        """The sum in float64, as the last thing asked of it.
+
+        `mirrored`: a leading square of so many rows was added to by `add_upper_moment`.
+        """
+        halves_first = mirrored > 0 and self._total is None
+        if halves_first:  # before it is turned into float64, which has twice the bytes
+            mirror(self._gathered[:mirrored, :mirrored])
         self._carry()
         assert self._total is not None
+        if mirrored and not halves_first:
+            mirror(self._total[:mirrored, :mirrored])
         return self._total
 
     def _carry(self) -> None:

@@ -67,6 +67,17 @@ def test_a_sequence_without_supervised_tokens_has_no_loss():
     assert losses[1] > 0
 
 
+def test_labels_do_not_depend_on_whether_positions_are_left_out_first(monkeypatch):
+    batch = models.batch(models.corpus())
+    logits, drawn = forward(models.mlp(), batch), []
+    for most in (True, False):
+        monkeypatch.setattr(TokenBatch, "most_carry_loss", most)
+        drawn.append(sample_labels(logits, batch, seed=3))
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], batch.tokens)
+    assert torch.equal(drawn[0][~batch.supervised], batch.tokens[~batch.supervised])
+
+
 def one_model_many_draws(num_draws: int, v: int = 5) -> tuple[torch.Tensor, TokenBatch]:
     """The same logits for many ids, three predicted positions each."""
     logits = torch.randn(1, 4, v, dtype=torch.float64) * 1.5
