@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from influence.capture import LayerIO
@@ -12,7 +12,7 @@ from influence.examples import Batch
 from influence.layers import Layer
 from influence.passes import pseudo_gradients
 from influence.sequences import TokenBatch
-from influence.sums import LongSum, add_upper_moment
+from influence.sums import LongSum, add_upper_moment, gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,13 @@ def fit_factors(
 
     def add(ios: Mapping[str, LayerIO], batch: Batch) -> None:
         done: set[str] = set()
-        on = {device: batch.to(device) for device in {layer.device for layer in layers}}
+        rows = {device: _Rows.of(batch.to(device)) for device in {each.device for each in layers}}
         for layer in layers:
             if layer.name not in ios:
                 continue
-            a, ds = _loss_carrying(ios[layer.name], on[layer.device])
-            if not len(a):  # an expert that no token with a loss reached: no mean to speak of
+            io, of = ios[layer.name], rows[layer.device]
+            ds = of(io.ds, io)
+            if not len(ds):  # an expert that no token with a loss reached: no mean to speak of
                 continue
             if layer.name not in outputs:
                 outputs[layer.name] = _Moment(ds, has_bias=False)
@@ -82,6 +83,7 @@ def fit_factors(
             group = layer.input_group
             if group not in done:
                 done.add(group)
+                a = of(io.a, io)
                 if group not in inputs:
                     inputs[group] = _Moment(a, layer.has_bias)
                 inputs[group].add(a)
@@ -128,14 +130,27 @@ def _covariances(moments: dict[str, _Moment]) -> dict[str, Covariance]:
     return {name: moments.pop(name).covariance() for name in list(moments)}
 
 
-def _loss_carrying(io: LayerIO, batch: Batch) -> tuple[Float[Tensor, "s i"], Float[Tensor, "s o"]]:
-    """Rows of `a` and `ds` at the positions that carry a loss; all those of an image do."""
-    if io.positions is not None and isinstance(batch, TokenBatch):
-        carries = batch.loss_positions.gather(1, io.positions.clamp(min=0)) & (io.positions >= 0)
-        return io.a[carries], io.ds[carries]
-    if isinstance(batch, TokenBatch):
-        return batch.rows(io.a), batch.rows(io.ds)
-    return io.a.flatten(0, 1), io.ds.flatten(0, 1)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Picks what belongs to positions that carry a loss; all those of an image do.
+
+    `places` are those among all positions of the batch, asked for once for all layers.
+    """
+
+    batch: Batch
+    places: Int[Tensor, " s"] | None
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Rows":
+        is_text = isinstance(batch, TokenBatch)
+        return cls(batch, batch.loss_positions.flatten().nonzero()[:, 0] if is_text else None)
+
+    def __call__(self, x: Float[Tensor, "n t d"], io: LayerIO) -> Float[Tensor, "s d"]:
+        """Rows of `a` or `ds`."""
+        if isinstance(self.batch, TokenBatch) and io.positions is not None:
+            carries = self.batch.loss_positions.gather(1, io.positions.clamp(min=0))
+            return x[carries & (io.positions >= 0)]
+        return x.flatten(0, 1) if self.places is None else gathered(x.flatten(0, 1), self.places)
 
 
 def _sum(left: Mapping[str, Covariance], right: Mapping[str, Covariance]) -> dict[str, Covariance]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from influence.sums import BLOCK, CARRY, LongSum, add_upper_moment, mirror
+from influence.sums import BLOCK, CARRY, LongSum, add_upper_moment, gathered, mirror
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -12,7 +12,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("width", [3, 1023, 1024, 1300, 1536])
+@pytest.mark.parametrize("width", [3, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 1300, 1536])
 def test_a_second_moment_by_blocks_is_the_whole_product(width):
     x = random(7, width)
     into = torch.zeros(width, width, dtype=torch.float64)
@@ -23,6 +23,12 @@ def test_a_second_moment_by_blocks_is_the_whole_product(width):
     mirror(into)
     assert torch.equal(into, into.mT)
     torch.testing.assert_close(into, x.mT @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_are_gathered_in_order_and_without_the_others():
+    x, places = random(9, 4), torch.tensor([7, 0, 3])
+    assert torch.equal(gathered(x, places), x[places])
+    assert gathered(x, places[:0]).shape == (0, 4)
 
 
 @pytest.mark.parametrize("number", [1, CARRY, CARRY + 1, 3 * CARRY + 2])
