@@ -60,6 +60,7 @@ def run_pass(
     with fused_activations(model), capture(model, layers) as captured:
         outputs = forward(model, batch)
         values = objective(outputs, batch.to(outputs.device))
+        del outputs  # logits are the largest of all, and the way back needs only their gradient
         try:
             return captured.backward(values.sum())
         except NonFiniteError as error:

@@ -1,10 +1,13 @@
 """What a pass captures, against autograd through the real weights."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from influence.capture import capture
+from influence.examples import Batch
 from influence.layers import find_layers
 from influence.objectives import forward, training_loss
 from influence.passes import NonFiniteSequenceError, run_pass
@@ -46,6 +49,20 @@ def test_prompt_positions_carry_gradient_to_the_loss_of_later_tokens():
     layers = models.attributed(model)
     io = models.io_of(model, layers, models.batch([sequence]), training_loss)
     assert io["block.mlp.fc1"].ds[0, :2].abs().min() > 1e-6
+
+
+def test_logits_are_let_go_before_the_way_back():
+    """They are the largest of all that a pass holds."""
+    alive = []
+
+    def objective(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        logits, losses = weakref.ref(outputs), training_loss(outputs, batch)
+        losses.register_hook(lambda _: alive.append(logits() is not None))
+        return losses
+
+    model = models.mlp()
+    run_pass(model, models.attributed(model), models.batch(models.corpus()), objective)
+    assert alive == [False]
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
