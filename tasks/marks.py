@@ -86,7 +86,8 @@ def _rendered(
     except Exception as error:  # a template raises what it likes, of roles that must alternate
         raise ValueError(
             f"{document.place}: the tokenizer's chat template refuses document {document.id!r} "
-            f"({error})"
+            f"({error}); write its messages as the template takes them: most take a user's first, "
+            "then user and assistant in turn"
         ) from error
     assert isinstance(text, str)
     return text

@@ -249,6 +249,7 @@ queries = st.fixed_dictionaries(
 @settings(QUICK, max_examples=100)
 @given(st.lists(queries.map(json.dumps).map(str.encode) | st.binary(max_size=9), max_size=2),
        st.booleans())  # fmt: skip
+@example([b'{"name": "a", "messages": [{"role": "assistant", "content": "Lily."}]}'], False)
 def test_whatever_a_query_set_holds(tokenizer, tokens, lines: list[bytes], bos: bool) -> None:
     with folder() as here:
         file = here / "q.jsonl"

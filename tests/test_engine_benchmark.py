@@ -32,7 +32,8 @@ def test_memory_alone_takes_no_times(capsys, monkeypatch):
     phases = ["--phase", "tokens 8", "--phase", "stream 8"]
     engine.main([*SMALL, "--repeats", "0", "--memory", "--peer", "kronfluence", *phases])
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert asked == ["tokens 8", "stream 8", "peer: stream 8"]  # the peer has no token scores
+    # The peer has no token scores.
+    assert asked == ["tokens 8", "stream 8", "peer: kronfluence: stream 8"]
     assert (first["peak_mib"], "peer_peak_mib" in first, "fb" in first) == (7.0, False, False)
     assert (second["peak_mib"], second["peer_peak_mib"]) == (7.0, 7.0)
     with pytest.raises(SystemExit):
