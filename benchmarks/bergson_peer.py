@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.clock import Work
-from benchmarks.phases import Setting, full_rank_queries
+from benchmarks.phases import Setting, full_rank_queries, relative_difference
 from influence.objectives import pseudo_loss, sample_labels, training_loss
 from influence.sequences import TokenBatch
 from influence.spectrum import fit_spectra
@@ -33,11 +33,6 @@ Loss = Callable[[Tensor, TokenBatch], Tensor]
 def sampled_loss(logits: Tensor, batch: TokenBatch) -> Tensor:
     """With the labels that our side draws."""
     return pseudo_loss(logits, batch, sample_labels(logits, batch, 0))
-
-
-def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """‖ours − theirs‖ / ‖theirs‖."""
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 class Bergson:

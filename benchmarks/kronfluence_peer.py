@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks import models
 from benchmarks.clock import MIB, Work
-from benchmarks.phases import DAMPING, QUERY_LENGTH, RANK, Setting
+from benchmarks.phases import DAMPING, QUERY_LENGTH, RANK, Setting, relative_difference
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
 from influence.objectives import log_probability, sample_labels, training_loss
@@ -97,11 +97,6 @@ def loader(batch: TokenBatch, per_batch: int) -> DataLoader[Any]:
         for number, tokens in zip(batch.ids, batch.tokens, strict=True)
     ]
     return DataLoader(rows, batch_size=per_batch)  # pyright: ignore[reportArgumentType]
-
-
-def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """‖ours − theirs‖ / ‖theirs‖."""
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def with_linear(model: nn.Module) -> nn.Module:

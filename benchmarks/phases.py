@@ -202,6 +202,11 @@ def disk_mib(setting: Setting) -> dict[str, float]:
         return {name: path.stat().st_size / MIB for name, path in files.items()}
 
 
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours − theirs‖ / ‖theirs‖."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
 def _factors(setting: Setting) -> Work:
     return Work(
         lambda: fit_factors(setting.model, setting.layers, setting.batches, seed=0),

@@ -117,12 +117,12 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
     parts = []
     for name, lines in runs.items():
         about = lines[0]
-        peer = next((line["peer"] for line in lines if "peer" in line), PEER)
+        peer = _first(lines, "peer", PEER)
         parts += [
             f"### {name}",
             "",
-            f"{about['machine']}, {about['threads']} thread; medians of {about.get('repeats', 0)} "
-            "interleaved repeats [smallest, largest].",
+            f"{about['machine']}, {about['threads']} thread; medians of "
+            f"{_first(lines, 'repeats', 0)} interleaved repeats [smallest, largest].",
             "",
             f"| phase | sequences | fb a token | {peer} | ours ÷ {peer} "
             "| peak above the model, MiB |",
@@ -158,6 +158,11 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
     return "\n".join(parts).rstrip()
 
 
+def _first(lines: Sequence[Line], key: str, default: Any) -> Any:
+    """Of the first line that says; one that tells of memory alone does not say all."""
+    return next((line[key] for line in lines if key in line), default)
+
+
 def _cell(line: Line, key: str) -> str:
     if key not in line:
         return "–"
@@ -176,7 +181,7 @@ def draw(runs: Mapping[str, Sequence[Line]], path: Path) -> None:
     for panel, (name, lines) in zip(panels[0], runs.items(), strict=False):
         phases = [line for line in lines if "fb" in line]
         at = range(len(phases))
-        peer = next((line["peer"] for line in lines if "peer" in line), PEER)
+        peer = _first(lines, "peer", PEER)
         panel.barh([x + 0.2 for x in at], [p["fb"] for p in phases], 0.4, label="influence")
         peers = [p.get("peer_fb", 0.0) for p in phases]
         panel.barh([x - 0.2 for x in at], peers, 0.4, label=peer)
