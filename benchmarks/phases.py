@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.clock import MIB, Work
+from influence.contraction import Prepared
 from influence.damping import RelativeDamping
 from influence.eigenbasis import EigenBasis, eigendecompose
 from influence.ekfac import EKFACBlock
@@ -265,8 +266,11 @@ def _tokens(setting: Setting) -> Work:
 
 
 def stream_work(setting: Setting, num_queries: int, rank: int, columns: int | None = None) -> Work:
-    """Queries that are prepared already meet all candidates."""
-    return _stream(setting, setting.random_queries(num_queries, rank), columns)
+    """Prepared queries meet all candidates, in a subspace of so many columns or exact."""
+    prepared: dict[str, Prepared] = {}
+    for name, query in setting.random_queries(num_queries, rank).items():
+        prepared[name] = query if columns is None else SharedSubspace.of(query, columns)
+    return _stream(setting, prepared)
 
 
 def full_rank_queries(setting: Setting, num: int) -> dict[str, LowRank]:
@@ -278,9 +282,9 @@ def full_rank_queries(setting: Setting, num: int) -> dict[str, LowRank]:
     }
 
 
-def _stream(setting: Setting, prepared: Mapping[str, LowRank], columns: int | None = None) -> Work:
+def _stream(setting: Setting, prepared: Mapping[str, Prepared]) -> Work:
     def call() -> Tensor:
-        told = stream(setting.model, setting.layers, prepared, setting.batches, columns=columns)
+        told = stream(setting.model, setting.layers, prepared, setting.batches)
         return torch.cat([raw for _, raw in told], dim=1)
 
     return Work(call, setting.num_tokens)

@@ -53,21 +53,24 @@ def keep(root: Path, lines: Sequence[Line]) -> Path:
     path = root / FOLDER / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept: dict[str, Line] = {}
+    kept: dict[tuple[str, int], Line] = {}
     for line in [*map(json.loads, earlier), *lines]:
         if line["machine"] == about["machine"]:
             kept[_told(line)] = {**kept.get(_told(line), {}), **line}
-    order = [*TOLD, *(key for key in kept if key not in TOLD)]
-    text = "".join(json.dumps(kept[key], ensure_ascii=False) + "\n" for key in order if key in kept)
+    order = {phase: at for at, phase in enumerate(TOLD)}
+    keys = sorted(kept, key=lambda key: (order.get(key[0], len(order)), key))
+    text = "".join(json.dumps(kept[key], ensure_ascii=False) + "\n" for key in keys)
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
 
 
-def _told(line: Line) -> str:
-    """The phase that a line tells of, or what else."""
-    return line.get("phase") or ("agreement" if "agreement" in line else "disk")
+def _told(line: Line) -> tuple[str, int]:
+    """The phase that a line tells of, over how many sequences; or what else it tells of."""
+    if "phase" in line:
+        return line["phase"], line["sequences"]
+    return ("agreement" if "agreement" in line else "disk"), 0
 
 
 def read(root: Path) -> dict[str, list[Line]]:

@@ -22,6 +22,9 @@ from influence.subspace import SharedSubspace
 # on a core whose memory gives 11 · 10⁹ bytes; a GPU is about as lopsided.
 TRAFFIC = 64
 
+# The queries of a layer: as they were prepared, or in a subspace that they share.
+Prepared = LowRank | SharedSubspace
+
 # Numbers of a block of dense matrices, and queries that share one. Larger blocks leave the cache,
 # smaller ones make slow products: measured on a core with 32 MiB of shared cache.
 CACHED, CACHED_BY_GPU = 2**21, 2**26
@@ -111,39 +114,38 @@ class Contractions:
     """All layers' queries, and the gradients that wait for them within a budget of memory.
 
     Dense matrices of many queries may outgrow memory. Then sequence gradients wait, up to the
-    budget, and meet a part of the queries at a time, whose matrices are made for all that wait.
+    budget, and meet a part of the queries at a time, whose matrices are made for all that wait;
+    where the budget holds no more than those of one batch, none waits.
 
     Args:
         prepared: the queries of each layer.
-        memory: bytes for dense matrices and for waiting gradients, each.
-        columns: of a subspace that all queries of a layer share; None: exact.
+        memory: bytes for dense matrices or for waiting gradients.
     """
 
-    prepared: Mapping[str, LowRank]
+    prepared: Mapping[str, Prepared]
     memory: int
-    columns: int | None = None
     window: float = field(init=False)
     """Sequences that may wait at once; without end where all dense matrices fit and stay."""
     _by_token: dict[str, ByToken] = field(default_factory=dict, init=False)
-    _shared: dict[str, SharedSubspace] = field(default_factory=dict, init=False)
     _dense: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        one = sum(query.dense_bytes // query.num_queries for query in self.prepared.values())
-        fits = sum(query.dense_bytes for query in self.prepared.values()) <= self.memory
+        exact = [query for query in self.prepared.values() if isinstance(query, LowRank)]
+        one = sum(query.dense_bytes // query.num_queries for query in exact)
+        fits = sum(query.dense_bytes for query in exact) <= self.memory
         self.window = float("inf") if fits else max(1.0, self.memory / one)
 
     def begin(self, layer: Layer, io: LayerIO) -> Float[Tensor, "q n"] | Waiting:
         """⟨V_q, Σ_t ds [a; 1]ᵀ⟩ where it can be had at once."""
         query = self.prepared[layer.name]
-        if self.columns is not None:
-            if layer.name not in self._shared:
-                self._shared[layer.name] = SharedSubspace.of(query, self.columns)
-            return self._shared[layer.name](io)
+        if isinstance(query, SharedSubspace):
+            return query(io)
         if (by_token := self.by_token(layer, io)) is not None:
             return by_token(io)
-        if self.window < float("inf"):
+        if len(io.ds) < self.window < float("inf"):
             return Waiting(io.gradient())
+        if self.window < float("inf"):
+            return meet_blockwise(query, [io.gradient()])
         if layer.name not in self._dense:
             self._dense[layer.name] = query.dense()
         return meet(self._dense[layer.name], io.gradient())
@@ -151,7 +153,8 @@ class Contractions:
     def by_token(self, layer: Layer, io: LayerIO) -> ByToken | None:
         """The layer's queries for going token by token; None where another form is cheaper."""
         query = self.prepared[layer.name]
-        if self.columns is not None or forms_gradients(query, io.a.shape[1], self.window):
+        window = max(self.window, float(len(io.ds)))
+        if isinstance(query, SharedSubspace) or forms_gradients(query, io.a.shape[1], window):
             return None
         if layer.name not in self._by_token:
             self._by_token[layer.name] = ByToken.of(query, layer.has_bias)
@@ -159,4 +162,6 @@ class Contractions:
 
     def finish(self, name: str, waiting: Sequence[Waiting]) -> Float[Tensor, "q n"]:
         """What waited at a layer with all queries, some queries at a time."""
-        return meet_blockwise(self.prepared[name], [each.gradients for each in waiting])
+        query = self.prepared[name]
+        assert isinstance(query, LowRank)  # nothing waits to meet a subspace
+        return meet_blockwise(query, [each.gradients for each in waiting])

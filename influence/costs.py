@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from influence import subspace
 from influence.contraction import forms_gradients
 from influence.eigenbasis import EigenBasis
 from influence.layers import Layer
@@ -203,14 +204,44 @@ def contraction_flop(
     """
     i, o, kept = layer.d_in, layer.d_out, kept_rank(layer, rank)
     if columns is not None:
-        shared = min(columns, num_queries * kept)
-        a_side, s_side = min(shared, i), min(shared, o)
+        a_side, s_side = _shared_sides(layer, num_queries, rank, columns)
         met = 2 * (length + num_queries) * a_side * s_side
         return 2 * length * (i * a_side + o * s_side) + met
     if _forms_gradients(i, o, num_queries, kept, round(length), window):
         made = num_queries * kept / window
         return 2 * (length + num_queries + made) * i * o
     return 2 * length * num_queries * kept * (i + o)
+
+
+def num_shared(layer: Layer, num_queries: int, rank: int | None, columns: int) -> Number:
+    """Numbers of a layer's queries in a subspace of so many columns."""
+    a_side, s_side = _shared_sides(layer, num_queries, rank, columns)
+    return num_queries * a_side * s_side + layer.d_in * a_side + layer.d_out * s_side
+
+
+def subspace_flop(layer: Layer, num_queries: int, rank: int | None, columns: int) -> Number:
+    """Of finding the subspace that a layer's queries share, and the queries in it."""
+    kept = kept_rank(layer, rank)
+    length, times = num_queries * kept, subspace.ITERATIONS + 2
+    a_side, s_side = _shared_sides(layer, num_queries, rank, columns)
+    total = 2.0 * length * a_side * s_side
+    for width, side in ((layer.d_in, a_side), (layer.d_out, s_side)):
+        total += 2 * length * width * (2 * kept + side)
+        searched = min(width, length, columns + subspace.SPARE)
+        by_gram = length >= subspace.GRAM * width
+        if columns < width:
+            once = width if by_gram else 2 * length
+            total += times * 2 * once * width * searched + 4 * width * searched**2
+            total += 2 * length * _upper(width) * by_gram
+    return total
+
+
+def _shared_sides(
+    layer: Layer, num_queries: int, rank: int | None, columns: int
+) -> tuple[int, int]:
+    shared = min(columns, num_queries * kept_rank(layer, rank))
+    sides = [width if columns >= width else shared for width in (layer.d_in, layer.d_out)]
+    return sides[0], sides[1]
 
 
 @cache

@@ -8,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from influence.capture import LayerIO
-from influence.contraction import ByToken, Contractions, Waiting
+from influence.contraction import ByToken, Contractions, Prepared, Waiting
 from influence.examples import Batch
 from influence.layers import Layer
-from influence.lowrank import LowRank
 from influence.objectives import training_loss
 from influence.passes import check_finite_layers, run_pass
 from influence.scores import TopK
 from influence.selfinfluence import SelfInfluence
+from influence.subspace import SharedSubspace
 
 MEMORY = 2**31
 Grids = Mapping[tuple[int, int], Float[Tensor, "l t"]]
@@ -43,42 +43,39 @@ class Told:
 def stream(
     model: nn.Module,
     layers: Sequence[Layer],
-    prepared: Mapping[str, LowRank],
+    prepared: Mapping[str, Prepared],
     batches: Iterable[Batch],
     memory: int = MEMORY,
-    columns: int | None = None,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "q n l"]]]:
     """Ids and raw scores alone; see `stream_all`."""
-    for told in stream_all(model, layers, prepared, batches, memory, columns=columns):
+    for told in stream_all(model, layers, prepared, batches, memory):
         yield told.ids, told.scores
 
 
 def stream_all(
     model: nn.Module,
     layers: Sequence[Layer],
-    prepared: Mapping[str, LowRank],
+    prepared: Mapping[str, Prepared],
     batches: Iterable[Batch],
     memory: int = MEMORY,
     selves: SelfInfluence | None = None,
     top: int = 0,
-    columns: int | None = None,
 ) -> Iterator[Told]:
     """What is wanted of each batch, from one forward and backward; dampings are more queries.
 
     Args:
         model: in evaluation mode.
         layers: the attributed layers.
-        prepared: the queries of each layer.
+        prepared: the queries of each layer, exact or in a subspace that they share.
         batches: the candidates.
-        memory: bytes for dense matrices of many queries, and for gradients that wait to meet them.
+        memory: bytes for dense matrices of many queries, or for gradients that wait to meet them.
         selves: if self-influence is wanted.
         top: token grids are told of the so many highest and lowest of each query so far.
-        columns: of a subspace that all queries share (`SharedSubspace`); None: exact.
 
     Raises:
         NonFiniteSequenceError: naming layer and sequence, instead of a score that is not finite.
     """
-    contractions = Contractions(prepared, memory, columns)
+    contractions = Contractions(prepared, memory)
     tokens = _TopTokens(layers, prepared, top)
     held: list[_Held] = []
 
@@ -122,8 +119,8 @@ def _begun(
     for layer in layers:
         io = ios.get(layer.name)
         if io is None:  # an idle expert: no gradient, no influence
-            left = contractions.prepared[layer.name].left
-            by_layer.append(left.new_zeros(len(left), len(batch.ids)))
+            zeros = _zeros(contractions.prepared[layer.name], len(batch.ids))
+            by_layer.append(zeros)
         elif wants_tokens and (by_token := contractions.by_token(layer, io)) is not None:
             tokens[layer.name] = io.spread(by_token.tokens(io), batch.inputs.shape[1])
             by_layer.append(tokens[layer.name].sum(dim=-1))
@@ -162,7 +159,7 @@ class _TopTokens:
     """Token grids of the sequences that enter the highest or lowest of a query."""
 
     layers: Sequence[Layer]
-    prepared: Mapping[str, LowRank]
+    prepared: Mapping[str, Prepared]
     top: int
     _best: tuple[TopK, TopK] | None = field(default=None, init=False)
 
@@ -192,5 +189,11 @@ class _TopTokens:
                 io = held.ios[layer.name].select(row)
                 rows.append(io.spread(one.tokens(io), held.batch.inputs.shape[1])[0, 0])
             else:  # an idle expert
-                rows.append(self.prepared[layer.name].left.new_zeros(held.batch.inputs.shape[1]))
+                rows.append(_zeros(self.prepared[layer.name], held.batch.inputs.shape[1])[query])
         return torch.stack([one.to(held.batch.ids.device) for one in rows])
+
+
+def _zeros(queries: Prepared, columns: int) -> Float[Tensor, "q columns"]:
+    """What queries score where they meet no gradient."""
+    side = queries.cores if isinstance(queries, SharedSubspace) else queries.left
+    return side.new_zeros(queries.num_queries, columns)

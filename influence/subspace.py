@@ -5,6 +5,7 @@ and a query costs as much as its core C_q is large. Nothing is lost where the qu
 no more than U and W do; else what is lost is known, since projections only shorten.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from influence.capture import LayerIO
 from influence.lowrank import LowRank
+from influence.sums import add_upper_moment, mirror
 
 SPARE = 16  # columns of the search beyond those that are kept
-ITERATIONS = 2  # each squares how fast what is left out falls
+ITERATIONS = 4  # each squares how fast what is left out falls
+GRAM = 2  # factors so many times as long as they are high are larger than their Gram matrix
+PART = 2**24  # numbers of them that are in float64 at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class SharedSubspace:
         """
         if columns < 1:
             raise ValueError(f"a subspace of {columns} columns holds nothing; give 1 or more")
-        # Decompositions are in float32 at least: torch has none of narrower types.
+        # Products are in float32 at least, decompositions in float64.
         dtype = query.left.dtype
         wide = query.to(torch.promote_types(dtype, torch.float32), query.left.device)
         left, right = wide.left, wide.right.mT
@@ -67,6 +71,16 @@ class SharedSubspace:
         projected = (io.ds @ self.outputs).mT @ a
         return self.cores.flatten(1) @ projected.flatten(1).mT
 
+    def select(self, queries: Sequence[int]) -> LowRank:
+        """What is left of some of the queries, in the order given."""
+        return LowRank(
+            self.outputs @ self.cores[list(queries)], self.inputs.mT.expand(len(queries), -1, -1)
+        )
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.cores)
+
 
 def _root(gram: Float64[Tensor, "q r r"]) -> Float64[Tensor, "q r r"]:
     """K with K Kᵀ = gram, which may be singular."""
@@ -76,16 +90,31 @@ def _root(gram: Float64[Tensor, "q r r"]) -> Float64[Tensor, "q r r"]:
 
 def _range(X: Float[Tensor, "q d r"], columns: int) -> Float[Tensor, "d kept"]:
     """Leading left singular vectors of all X_q side by side, by randomised subspace iteration
-    (Halko, Martinsson and Tropp 2011)."""
+    (Halko, Martinsson and Tropp 2011), of their Gram matrix where that is the smaller one."""
     flat = X.transpose(0, 1).flatten(1)
-    width = len(flat)
+    width, length = flat.shape
     if columns >= width:
         return torch.eye(width, dtype=X.dtype, device=X.device)
-    searched = min(width, columns + SPARE)
+    gram = _gram(flat) if length >= GRAM * width else None
+    flat = flat if gram is not None else flat.double()
+
+    def squared(Q: Float64[Tensor, "d k"]) -> Float64[Tensor, "d k"]:
+        return flat @ (flat.mT @ Q) if gram is None else gram @ Q
+
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(flat.shape[1], searched, generator=generator, dtype=torch.float64)
-    Q = torch.linalg.qr(flat @ start.to(X))[0]
+    searched = min(width, length, columns + SPARE)
+    start = torch.randn(width, searched, generator=generator, dtype=torch.float64)
+    Q = torch.linalg.qr(squared(start.to(X.device)))[0]
     for _ in range(ITERATIONS):
-        Q = torch.linalg.qr(flat @ (flat.mT @ Q))[0]
-    U = torch.linalg.svd(Q.mT @ flat, full_matrices=False)[0]
-    return (Q @ U)[:, :columns].contiguous()
+        Q = torch.linalg.qr(squared(Q))[0]
+    _, vectors = torch.linalg.eigh(Q.mT @ squared(Q))
+    return (Q @ vectors[:, -columns:].flip(1)).to(X.dtype).contiguous()
+
+
+def _gram(flat: Float[Tensor, "d l"]) -> Float64[Tensor, "d d"]:
+    """flat flatᵀ, a part of the columns in float64 at a time."""
+    gram = flat.new_zeros(len(flat), len(flat), dtype=torch.float64)
+    for part in flat.split(max(1, PART // len(flat)), dim=1):
+        add_upper_moment(gram, part.double().mT)
+    mirror(gram)
+    return gram

@@ -61,6 +61,15 @@ def layer_memory(runtime: Runtime, device: str) -> int:
     return int(of_worker / len(devices_of(device)))
 
 
+def waiting_bytes(memory: int) -> int:
+    """Of `memory`, what gradients may take that wait to meet many queries, or these queries dense.
+
+    Rounded down to a power of two: how many wait decides how their products round, and what is
+    free differs a little each time.
+    """
+    return 1 << (max(1, memory).bit_length() - 1)
+
+
 def on_fullest(size: Callable[[Sequence[Layer]], int], layers: Sequence[Layer]) -> int:
     """What layers want together of the device that they want most of."""
     by_device: dict[object, list[Layer]] = {}

@@ -8,12 +8,13 @@ import torch
 from influence.selfinfluence import SelfInfluence
 from influence.sequences import TokenBatch
 from influence.streaming import stream_all
-from influence.subspace import SharedSubspace
 from tasks import store
 from tasks.attributed import PassReference
+from tasks.layergroups import layer_memory, waiting_bytes
 from tasks.prepared import damping_of, methods_of, read_prepared, run_solvers
 from tasks.sequences import TokenStore
 from tasks.shards import ShardRef, map_shards, shards_of
+from tasks.subspaces import lost_by_layer, read_subspaces, share_queries
 from tasks.workspace import StageContext
 
 
@@ -24,7 +25,10 @@ def run(context: StageContext) -> None:
     candidates = store.read_table(context.artifact("filter") / "candidates.parquet", ["row"])
     rows = sorted(candidates["row"].to_pylist())
     shards = shards_of(tokens.shard_rows(rows, context.params.runtime.shards))
-    parts = map_shards(context, stream_shard, shards)
+    exact = context.params.stream.subspace is None
+    subspaces = [] if exact else share_queries(context)
+    shared = [path.name for path in subspaces]
+    parts = map_shards(context, stream_shard, shards, subspaces=shared)
     queries = store.read_json(context.artifact("query") / "queries.json")
     for part in parts:
         store.link(part, context.out / part.name)
@@ -36,32 +40,17 @@ def run(context: StageContext) -> None:
             "layers": [layer.name for layer in reference.attributed().layers],
             "num_sequences": len(rows),
             "shards": [part.name for part in parts],
-            "subspace": subspace_lost(context, reference),
+            "subspace": None if exact else lost_by_layer(subspaces),
         },
     )
 
 
-def subspace_lost(context: StageContext, reference: PassReference) -> dict[str, float] | None:
-    """What the shared subspace leaves out of the queries, by layer; None where all are exact."""
-    columns = context.params.stream.subspace
-    if columns is None:
-        return None
-    prepared, methods = (
-        context.artifact("query") / "prepared.safetensors",
-        methods_of(context.params),
-    )
-    lost = {}
-    for layer in reference.attributed().layers:  # one at a time
-        [query] = read_prepared(prepared, methods, [layer], reference.dtype).values()
-        lost[layer.name] = SharedSubspace.of(query, columns).lost
-    return lost
-
-
-def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
+def stream_shard(
+    context: StageContext, shard: ShardRef, path: Path, *, subspaces: list[str]
+) -> None:
     """Raw scores `methods queries sequences layers` of one shard, rows ascending; with them, if it
     is asked for, self-influence `sequences layers`."""
     reference = PassReference.of(context)
-    prepared = context.artifact("query") / "prepared.safetensors"
     methods = methods_of(context.params)
     seen: list[int] = []
 
@@ -71,16 +60,18 @@ def stream_shard(context: StageContext, shard: ShardRef, path: Path) -> None:
             yield batch
 
     with reference.passes() as attributed:
-        queries = read_prepared(prepared, methods, attributed.layers, reference.dtype)
+        layers = attributed.layers
+        if subspaces:
+            queries = read_subspaces([context.work / name for name in subspaces], layers)
+        else:
+            prepared = context.artifact("query") / "prepared.safetensors"
+            queries = read_prepared(prepared, methods, layers, reference.dtype)
         selves = None
         if context.params.stream.self_influence:
-            solvers = run_solvers(context, reference, attributed.layers)
+            solvers = run_solvers(context, reference, layers)
             selves = SelfInfluence(solvers, damping_of(context.params))
-        layers = attributed.layers
-        columns = context.params.stream.subspace
-        told = list(
-            stream_all(attributed.model, layers, queries, batches(), selves=selves, columns=columns)
-        )
+        memory = waiting_bytes(layer_memory(context.params.runtime, reference.device))
+        told = list(stream_all(attributed.model, layers, queries, batches(), memory, selves))
     rows, order = torch.tensor(seen).sort()
     # At least float32: a bf16 pass has summed its products in bf16 already, but no more is lost.
     raw = torch.cat([each.scores for each in told], dim=1).cpu()[:, order]

@@ -211,10 +211,11 @@ def test_what_is_kept_is_what_the_table_says(tmp_path):
     table.keep(tmp_path, [line("lambda", 9.9)])
     table.keep(tmp_path, [line("stream 8", 0.7)])  # and what was measured of others stays
     table.keep(tmp_path, [first, agreement])  # the same phase again is replaced
-    memory = {key: first[key] for key in ("model", "length", "layers", "machine", "phase")}
+    table.keep(tmp_path, [line("stream 8", 0.6) | {"sequences": 64}])  # over more is a line more
+    memory = {k: v for k, v in first.items() if "fb" not in k and "peer" not in k}
     table.keep(tmp_path, [memory | {"peak_mib": 200.0}])  # but not what was not measured again
     [lines] = table.read(tmp_path).values()
-    assert [told.get("phase") for told in lines] == ["lambda", "stream 8", None]
+    assert [told.get("phase") for told in lines] == ["lambda", "stream 8", "stream 8", None]
     table.write(tmp_path)
     text = (tmp_path / "docs/results.md").read_text()
     assert text.startswith("before\n<!-- engine -->")
@@ -224,6 +225,7 @@ def test_what_is_kept_is_what_the_table_says(tmp_path):
         in text
     )
     assert "| stream, 8 queries of rank 32 | 8 | 0.70 [0.69, 0.72] | – | – | – |" in text
+    assert "| stream, 8 queries of rank 32 | 64 | 0.60 [0.59, 0.62] | – | – | – |" in text
     assert "A 7e-08" in text
     assert (tmp_path / table.FIGURE).stat().st_size > 1000
 

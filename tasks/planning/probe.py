@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from influence import costs
+from influence.contraction import Prepared
 from influence.damping import RelativeDamping
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
@@ -28,6 +29,7 @@ from influence.sequences import TokenBatch
 from influence.solver import GradientDot
 from influence.spectrum import fit_spectra
 from influence.streaming import stream_all
+from influence.subspace import SharedSubspace
 from influence.tokens import rescore
 from tasks.layergroups import factor_bytes, spectrum_bytes
 from tasks.models import load_model, replicate
@@ -136,7 +138,7 @@ class _Worker:
     model: Any
     layers: tuple[Layer, ...]
     batch: TokenBatch
-    queries: Mapping[str, LowRank]
+    queries: Mapping[str, Prepared]
     full: Mapping[str, torch.Tensor]
     solvers: Mapping[str, EKFACBlock]
     asked: tuple[Query, ...]
@@ -167,7 +169,7 @@ class _Worker:
         a_batch = round(count * pairs / max(1, sequences))
         return cls(
             own, layers, batch,
-            _random(layers, num * planned.methods, params.query.rank, like),
+            _prepared(layers, num * planned.methods, params, like),
             _dense(layers, num, like), _solvers(layers, like),
             (Query("", row[:-1], row[-1:]),) * min(num, 8),
             tuple((at % num, at // num % count) for at in range(a_batch)), params,
@@ -202,10 +204,7 @@ class _Worker:
         selves = (
             SelfInfluence(self.solvers, RelativeDamping(0.1)) if settings.self_influence else None
         )
-        list(stream_all(
-            self.model, self.layers, self.queries, [self.batch], selves=selves,
-            columns=settings.subspace,
-        ))  # fmt: skip
+        list(stream_all(self.model, self.layers, self.queries, [self.batch], selves=selves))
 
     def rescore(self) -> None:
         rescore(self.model, self.layers, self.full, self.batch, list(self.pairs), 1)
@@ -235,14 +234,22 @@ def _dense(layers: Sequence[Layer], queries: int, like: torch.Tensor) -> dict[st
     return {layer.name: torch.rand(queries, layer.d_out, layer.d_in).to(like) for layer in layers}
 
 
-def _random(
-    layers: Sequence[Layer], queries: int, rank: int | None, like: torch.Tensor
-) -> dict[str, LowRank]:
-    made = {}
+def _prepared(
+    layers: Sequence[Layer], queries: int, params: RunParams, like: torch.Tensor
+) -> dict[str, Prepared]:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape).to(like)
+
+    made: dict[str, Prepared] = {}
     for layer in layers:
-        kept = costs.kept_rank(layer, rank)
-        left = torch.rand(queries, layer.d_out, kept).to(like)
-        made[layer.name] = LowRank(left, torch.rand(queries, kept, layer.d_in).to(like))
+        i, o, columns = layer.d_in, layer.d_out, params.stream.subspace
+        if columns is not None:
+            a, s = min(columns, i), min(columns, o)
+            cores = random(queries, s, a)
+            made[layer.name] = SharedSubspace(random(o, s), random(i, a), cores, lost=0.0)
+        else:
+            kept = costs.kept_rank(layer, params.query.rank)
+            made[layer.name] = LowRank(random(queries, o, kept), random(queries, kept, i))
     return made
 
 

@@ -5,8 +5,7 @@ from math import ceil
 
 from influence import costs
 from influence.layers import Layer
-from influence.streaming import MEMORY
-from tasks.layergroups import half_bytes, solved_bytes, spectrum_bytes
+from tasks.layergroups import half_bytes, solved_bytes, spectrum_bytes, waiting_bytes
 from tasks.planning.fitcosts import EIGEN, FOOTER, HEADER, gradients_of_batch
 from tasks.planning.planned import DOUBLE, Groups, Planned, StageCost
 
@@ -73,26 +72,36 @@ def query_cost(planned: Planned) -> StageCost:
 def window_of(planned: Planned) -> float:
     """Sequences that meet the dense matrices of all queries at once."""
     one = costs.num_weights(planned.layers) * planned.itemsize
-    fits = one * planned.sizes.num_queries * planned.methods <= MEMORY
-    return float("inf") if fits else max(1.0, MEMORY / one)
+    room = waiting_bytes(planned.layer_memory)
+    fits = one * planned.sizes.num_queries * planned.methods <= room
+    return float("inf") if fits else max(1.0, room / one)
 
 
 def stream_cost(planned: Planned) -> StageCost:
-    """Every worker holds the queries, once as read and once as they are met."""
+    """Every worker holds the queries, once as read and once as they are met; or in the subspace of
+    all, which is found before."""
     sequences, methods = planned.num_candidates, planned.methods
     shards, queries = planned.shards(sequences), planned.sizes.num_queries * planned.methods
-    settings, window = planned.params.stream, window_of(planned)
+    settings, rank, window = planned.params.stream, planned.params.query.rank, window_of(planned)
     columns = planned.columns(planned.length)
 
     def met(layer: Layer) -> float:
-        rank = planned.params.query.rank
         return costs.contraction_flop(
             layer, columns(layer), queries, rank, window, settings.subspace
         )
 
-    contracted = sequences * sum(map(met, planned.layers))
-    each = 2.0 * prepared_bytes(planned, planned.params.query.rank, methods)
-    each += min(MEMORY, costs.num_weights(planned.layers) * queries * planned.itemsize)
+    contracted, found, shared = sequences * sum(map(met, planned.layers)), 0.0, 0.0
+    if settings.subspace is None:
+        dense = costs.num_weights(planned.layers) * queries * planned.itemsize
+        each = 2.0 * prepared_bytes(planned, rank, methods)
+        each += min(waiting_bytes(planned.layer_memory), dense)
+    else:
+        found = sum(
+            costs.subspace_flop(layer, queries, rank, settings.subspace) for layer in planned.layers
+        )
+        each = shared = planned.itemsize * sum(
+            costs.num_shared(layer, queries, rank, settings.subspace) for layer in planned.layers
+        )
     if settings.self_influence:
         contracted += sequences * costs.spectrum_flop(planned.layers, columns)
         each += min(planned.layer_memory, spectrum_bytes(planned.layers))
@@ -101,9 +110,10 @@ def stream_cost(planned: Planned) -> StageCost:
     return planned.cost(
         "stream",
         sequences=sequences,
-        flop=planned.pass_flop(sequences) + contracted,
+        flop=planned.pass_flop(sequences) + contracted + found,
         **planned.memory(shards, each),
         disk=sequences * (DOUBLE + 4.0 * numbers) + shards * 3 * HEADER,
+        work=shared,
         shards=shards,
     )
 

@@ -54,7 +54,8 @@ def phases(model: nn.Module) -> dict[str, torch.Tensor]:
         prepared = prepare_queries(
             model, layers, ASKED, {"ekfac": Method(solvers, DAMPING)}, rank, 100
         )["ekfac"]
-        for memory in (1, 2**31):
+        weights = sum(layer.d_in * layer.d_out for layer in layers)
+        for memory in (1, 15 * weights, 2**31):  # met at once, waiting, dense matrices kept
             told: list[Told] = list(
                 stream_all(
                     model, layers, prepared, batches, memory, SelfInfluence(solvers, DAMPING), 1

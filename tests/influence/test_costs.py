@@ -18,6 +18,7 @@ from influence.lowrank import LowRank
 from influence.objectives import forward, training_loss
 from influence.passes import run_pass
 from influence.sequences import TokenBatch
+from influence.subspace import SharedSubspace
 from influence.sums import add_upper_moment
 from tests.influence import models
 
@@ -159,3 +160,14 @@ def shape(model) -> ModelShape:
         model.config.num_hidden_layers * model.config.hidden_size,
         model.config.vocab_size,
     )
+
+
+@pytest.mark.parametrize("num_queries", [3, 100])  # which decides whether Gram matrices are formed
+def test_a_subspace_counts_how_it_is_found(num_queries):
+    query = LowRank(torch.randn(num_queries, 300, 4), torch.randn(num_queries, 4, 200))
+    done = counted(lambda: SharedSubspace.of(query, 20))
+    wanted = costs.subspace_flop(layer(200, 300), num_queries, 4, 20)
+    assert done == pytest.approx(wanted, rel=0.12)
+    shared = SharedSubspace.of(query, 20)
+    numbers = sum(side.numel() for side in (shared.outputs, shared.inputs, shared.cores))
+    assert costs.num_shared(layer(200, 300), num_queries, 4, 20) == numbers

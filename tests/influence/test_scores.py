@@ -116,10 +116,11 @@ def test_both_ways_of_contracting_occur_in_the_streams_above():
     assert chosen == {True, False}
 
 
-@pytest.mark.parametrize("memory", [1, 2000, 5000, 2**31])
+@pytest.mark.parametrize("fitting", [0.1, 1, 2.5, 5, 12])
 @pytest.mark.parametrize("case", ["gpt2", "llama"])
-def test_gradients_that_wait_for_the_queries_score_the_same(case, memory, monkeypatch):
-    """With little memory they wait for each other, and meet some of the queries at a time."""
+def test_gradients_that_wait_for_the_queries_score_the_same(case, fitting, monkeypatch):
+    """With memory for so many gradients: they meet the queries at once, or wait for each other and
+    meet some of the queries at a time."""
     model, sequences = models.CASES[case](), models.corpus(lengths=(6, 3, 5, 2, 4, 4, 5))
     model.unused = torch.nn.Linear(2, 3).double()
     layers = models.attributed(model)
@@ -132,7 +133,8 @@ def test_gradients_that_wait_for_the_queries_score_the_same(case, memory, monkey
     wanted = [raw for _, raw in stream(model, layers, prepared, batches)]
     # On shapes as small as these, tokens would be the cheaper way.
     monkeypatch.setattr(contraction, "forms_gradients", lambda query, *_: query.left.shape[1] > 2)
-    got = list(stream(model, layers, prepared, batches, memory))
+    one = sum(8 * layer.d_out * layer.d_in for layer in layers)
+    got = list(stream(model, layers, prepared, batches, int(fitting * one)))
     assert [ids.tolist() for ids, _ in got] == [[0, 1], [2, 3], [4, 5], [6]]
     for (_, raw), expected in zip(got, wanted, strict=True):
         torch.testing.assert_close(raw, expected, rtol=1e-9, atol=1e-11)

@@ -13,7 +13,13 @@ from tests.influence import models
 from tests.influence.test_scores import some_queries
 from tests.influence.test_selfinfluence import DAMPING, any_solvers
 
-SMALL = 1  # byte: gradients wait for the end
+# Bytes of memory for each weight. The dense matrices of both queries would take 16: with less
+# they are made anew, for each sequence or, where there is room for it to wait, for several.
+AT_ONCE, WAITING, KEPT = 1, 15, 2**20
+
+
+def bytes_of(layers: tuple[Layer, ...], a_weight: int) -> int:
+    return a_weight * sum(layer.d_in * layer.d_out for layer in layers)
 
 
 def by_id(told: list[Told]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -25,7 +31,7 @@ def by_id(told: list[Told]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-@pytest.mark.parametrize("memory", [SMALL, 2**31])
+@pytest.mark.parametrize("memory", [AT_ONCE, WAITING, KEPT])
 @pytest.mark.parametrize("case", models.CASES)
 def test_scores_and_self_influence_of_one_pass_are_those_of_two(case, memory):
     model, sequences = models.CASES[case](), models.corpus()
@@ -33,10 +39,9 @@ def test_scores_and_self_influence_of_one_pass_are_those_of_two(case, memory):
     prepared, solvers = some_queries(layers, None), any_solvers(layers)
     batches = [models.batch(sequences[:1]), models.batch(sequences[1:], [101, 102, 103])]
     passes: list[int] = []
+    room = bytes_of(layers, memory)
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    told = list(
-        stream_all(model, layers, prepared, batches, memory, SelfInfluence(solvers, DAMPING))
-    )
+    told = list(stream_all(model, layers, prepared, batches, room, SelfInfluence(solvers, DAMPING)))
     handle.remove()
     assert len(passes) == len(batches)
     raw = torch.cat([raw for _, raw in stream(model, layers, prepared, batches)], dim=1)
@@ -73,10 +78,11 @@ def test_a_grid_of_dampings_is_more_queries():
 
 
 def told_of_top(model, layers: tuple[Layer, ...], batches, memory: int, top: int) -> list[Told]:
-    return list(stream_all(model, layers, some_queries(layers, 1), batches, memory, top=top))
+    room = bytes_of(layers, memory)
+    return list(stream_all(model, layers, some_queries(layers, 1), batches, room, top=top))
 
 
-@pytest.mark.parametrize("memory", [SMALL, 2**31])
+@pytest.mark.parametrize("memory", [AT_ONCE, WAITING, KEPT])
 @pytest.mark.parametrize("forms", [True, False])
 @pytest.mark.parametrize("case", models.CASES)
 def test_token_grids_of_the_top_come_with_the_scores(monkeypatch, case, forms, memory):
@@ -101,7 +107,7 @@ def test_a_grid_is_told_of_those_alone_that_enter_the_top():
     model, sequences = models.mlp(), models.corpus()
     layers = models.attributed(model)
     batches = [models.batch([z], [100 + n]) for n, z in enumerate([sequences[0]] * 9)]
-    told = told_of_top(model, layers, batches, 2**31, top=2)
+    told = told_of_top(model, layers, batches, KEPT, top=2)
     seen = {number for each in told for _, number in each.grids}
     assert seen == {100, 101}  # of equals, the first are the top; no later one enters
-    assert not any(each.grids for each in told_of_top(model, layers, batches, 2**31, top=0))
+    assert not any(each.grids for each in told_of_top(model, layers, batches, KEPT, top=0))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from influence.lowrank import LowRank
-from influence.streaming import stream
+from influence.streaming import stream, stream_all
 from influence.subspace import SharedSubspace
 from tests.influence import models
 from tests.influence.test_scores import some_queries
@@ -74,13 +74,45 @@ def test_a_subspace_of_nothing_is_refused():
         SharedSubspace.of(related(2, 3, 3, 2, 1), 0)
 
 
+def test_many_queries_take_the_same_subspace_by_their_gram_matrix(monkeypatch):
+    query = related(30, 40, 30, 12, 4)
+    monkeypatch.setattr("influence.subspace.PART", 200)  # several parts
+    small = SharedSubspace.of(query, 6)
+    monkeypatch.setattr("influence.subspace.GRAM", float("inf"))
+    direct = SharedSubspace.of(query, 6)
+    for one, other in ((small.outputs, direct.outputs), (small.inputs, direct.inputs)):
+        torch.testing.assert_close(one @ one.mT, other @ other.mT)
+
+
+def test_some_queries_of_a_subspace_are_what_it_holds_of_them():
+    shared = SharedSubspace.of(related(6, 20, 14, 14, 3), 5)
+    held = shared.outputs @ shared.cores @ shared.inputs.mT
+    torch.testing.assert_close(shared.select([4, 1]).dense(), held[[4, 1]])
+
+
+def share(prepared: dict[str, LowRank], columns: int) -> dict[str, SharedSubspace]:
+    return {name: SharedSubspace.of(query, columns) for name, query in prepared.items()}
+
+
 @pytest.mark.parametrize("case", models.CASES)
 def test_a_stream_through_a_subspace_that_holds_all_is_the_exact_one(case):
     model, batch = models.CASES[case](), models.batch(models.corpus())
     layers = models.attributed(model)
     prepared = some_queries(layers, 1)
     ((_, wanted),) = stream(model, layers, prepared, [batch])
-    ((_, got),) = stream(model, layers, prepared, [batch], columns=100)
+    ((_, got),) = stream(model, layers, share(prepared, 100), [batch])
     torch.testing.assert_close(got, wanted)
-    ((_, rough),) = stream(model, layers, prepared, [batch], columns=1)
+    ((_, rough),) = stream(model, layers, share(prepared, 1), [batch])
     assert models.relative_error(rough, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_tokens_of_the_top_add_up_to_their_scores_in_a_subspace(case):
+    model, batch = models.CASES[case](), models.batch(models.corpus())
+    layers = models.attributed(model)
+    shared = share(some_queries(layers, 1), 2)
+    [told] = stream_all(model, layers, shared, [batch], top=1)
+    assert told.grids
+    for (q, number), grid in told.grids.items():
+        [row] = (told.ids == number).nonzero()
+        torch.testing.assert_close(grid.sum(dim=-1), told.scores[q, int(row)])
