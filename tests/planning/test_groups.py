@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from influence import costs
+from influence.contraction import Contractions
 from influence.objectives import training_loss
 from influence.passes import run_pass
-from tasks import correct, eigen, factors, filter, query, tokenize, train
+from tasks import correct, eigen, factors, filter, query, store, stream, tokenize, train
 from tasks.attributed import PassReference
 from tasks.fullrank import rescore_shard, solved_shard
 from tasks.halves import half_shard
@@ -190,3 +191,30 @@ def test_further_groups_take_the_time_of_their_passes(root):
             costs_of = stage_costs(planned)
             took.append(timed(planned, costs_of, rates, None)[stage] or 0.0)
         assert took[1] - took[0] == pytest.approx(cost_of(planned, stage).again / 1e6)
+
+
+def test_gradients_wait_within_the_memory_for_layers(root, monkeypatch):
+    """Which holds those of three sequences, and no dense matrices of four queries."""
+    monkeypatch.setattr("influence.contraction.forms_gradients", lambda *_: True)
+    one = 4 * costs.num_weights(planned_with(root, TOGETHER).layers)
+    waited: list[int] = []
+    finish = Contractions.finish
+
+    def watched(self, name, waiting):
+        waited.append(sum(len(each.gradients) for each in waiting))
+        return finish(self, name, waiting)
+
+    monkeypatch.setattr(Contractions, "finish", watched)
+    found = []
+    for sequences in (0.5, 3, 100):
+        given = sections(sequences * one / 2**30)
+        runtime = given["runtime"] | {"tokens_per_batch": LENGTH, "workers": 1, "shards": 1}
+        context = stage_context(root, "stream", **given | {"runtime": runtime})
+        waited.clear()
+        stream.run(context)
+        assert (sequences == 3) == bool(waited)
+        assert all(2 <= num <= 3 for num in waited[:-1])
+        [shard] = context.out.glob("*.safetensors")
+        found.append(store.read_tensor(shard, "scores"))
+    for scores in found[1:]:
+        assert (scores - found[0]).norm() < 1e-5 * found[0].norm()
