@@ -151,8 +151,8 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
             if "lost" in line:
                 parts += [
                     "",
-                    f"What the subspace of 256 columns leaves out of 64 real queries: "
-                    f"{line['lost']:.2f} of their norm.",
+                    "What the subspace of 256 columns leaves out of 64 queries, prepared from "
+                    f"random tokens: {line['lost']:.2f} of their norm.",
                 ]
         if agreement:
             told = ", ".join(f"{key} {value:.0e}" for key, value in agreement.items())

@@ -204,7 +204,7 @@ def contraction_flop(
     """
     i, o, kept = layer.d_in, layer.d_out, kept_rank(layer, rank)
     if columns is not None:
-        a_side, s_side = _shared_sides(layer, num_queries, rank, columns)
+        a_side, s_side = shared_sides(layer, num_queries, rank, columns)
         met = 2 * (length + num_queries) * a_side * s_side
         return 2 * length * (i * a_side + o * s_side) + met
     if _forms_gradients(i, o, num_queries, kept, round(length), window):
@@ -215,7 +215,7 @@ def contraction_flop(
 
 def num_shared(layer: Layer, num_queries: int, rank: int | None, columns: int) -> Number:
     """Numbers of a layer's queries in a subspace of so many columns."""
-    a_side, s_side = _shared_sides(layer, num_queries, rank, columns)
+    a_side, s_side = shared_sides(layer, num_queries, rank, columns)
     return num_queries * a_side * s_side + layer.d_in * a_side + layer.d_out * s_side
 
 
@@ -223,7 +223,7 @@ def subspace_flop(layer: Layer, num_queries: int, rank: int | None, columns: int
     """Of finding the subspace that a layer's queries share, and the queries in it."""
     kept = kept_rank(layer, rank)
     length, times = num_queries * kept, subspace.ITERATIONS + 2
-    a_side, s_side = _shared_sides(layer, num_queries, rank, columns)
+    a_side, s_side = shared_sides(layer, num_queries, rank, columns)
     total = 2.0 * length * a_side * s_side
     for width, side in ((layer.d_in, a_side), (layer.d_out, s_side)):
         total += 2 * length * width * (2 * kept + side)
@@ -236,9 +236,8 @@ def subspace_flop(layer: Layer, num_queries: int, rank: int | None, columns: int
     return total
 
 
-def _shared_sides(
-    layer: Layer, num_queries: int, rank: int | None, columns: int
-) -> tuple[int, int]:
+def shared_sides(layer: Layer, num_queries: int, rank: int | None, columns: int) -> tuple[int, int]:
+    """Columns that the subspace has on the inputs' side and on the outputs'."""
     shared = min(columns, num_queries * kept_rank(layer, rank))
     sides = [width if columns >= width else shared for width in (layer.d_in, layer.d_out)]
     return sides[0], sides[1]

@@ -244,7 +244,7 @@ def _prepared(
     for layer in layers:
         i, o, columns = layer.d_in, layer.d_out, params.stream.subspace
         if columns is not None:
-            a, s = min(columns, i), min(columns, o)
+            a, s = costs.shared_sides(layer, queries, params.query.rank, columns)
             cores = random(queries, s, a)
             made[layer.name] = SharedSubspace(random(o, s), random(i, a), cores, lost=0.0)
         else:

@@ -55,7 +55,8 @@ def phases(model: nn.Module) -> dict[str, torch.Tensor]:
             model, layers, ASKED, {"ekfac": Method(solvers, DAMPING)}, rank, 100
         )["ekfac"]
         weights = sum(layer.d_in * layer.d_out for layer in layers)
-        for memory in (1, 15 * weights, 2**31):  # met at once, waiting, dense matrices kept
+        waiting = (8 * len(ASKED) - 1) * weights  # less than the dense matrices of all queries
+        for memory in (1, waiting, 2**31):  # met at once, waiting, dense matrices kept
             told: list[Told] = list(
                 stream_all(
                     model, layers, prepared, batches, memory, SelfInfluence(solvers, DAMPING), 1
