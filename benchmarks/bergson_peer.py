@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.clock import Work
 from benchmarks.phases import Setting, full_rank_queries, relative_difference
-from influence.objectives import pseudo_loss, sample_labels, training_loss
+from influence.objectives import sample_labels
 from influence.sequences import TokenBatch
 from influence.spectrum import fit_spectra
 from influence.streaming import stream
@@ -32,7 +32,12 @@ Loss = Callable[[Tensor, TokenBatch], Tensor]
 
 def sampled_loss(logits: Tensor, batch: TokenBatch) -> Tensor:
     """With the labels that our side draws."""
-    return pseudo_loss(logits, batch, sample_labels(logits, batch, 0))
+    return models.torchs_loss(logits, batch, sample_labels(logits, batch, 0))
+
+
+def true_loss(logits: Tensor, batch: TokenBatch) -> Tensor:
+    """With the labels of the corpus."""
+    return models.torchs_loss(logits, batch, batch.targets)
 
 
 class Bergson:
@@ -131,11 +136,11 @@ class Bergson:
             cfg=IndexConfig(run_path=self.folder.name),
             scorer=scorer,
         )
-        self.run(collector, training_loss)
+        self.run(collector, true_loss)
         return torch.cat(told)
 
     def run(self, collector: HookCollectorBase, loss: Loss) -> None:
-        """Its loop over batches, with our loss; nothing is written."""
+        """Its loop over batches; nothing is written."""
         for batch in self.setting.batches:
             with collector.with_batch(batch.loss_positions):
                 losses = loss(self.model(batch.inputs).logits, batch)

@@ -39,7 +39,7 @@ from benchmarks.clock import MIB, Work
 from benchmarks.phases import DAMPING, QUERY_LENGTH, RANK, Setting, relative_difference
 from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
-from influence.objectives import log_probability, sample_labels, training_loss
+from influence.objectives import sample_labels
 from influence.queries import Method, prepare_queries
 from influence.selfinfluence import stream_self
 from influence.sequences import TokenBatch
@@ -62,17 +62,13 @@ class LanguageModelling(Task):
         """Σ_t −log p of the tokens, or of labels that the model draws."""
         tokens = as_batch(batch)
         logits = model(tokens.inputs).logits
-        if sample:
-            with torch.no_grad():
-                labels = sample_labels(logits, tokens, 0)
-            rows = logits[:, :-1].flatten(0, 1)
-            return nn.functional.cross_entropy(rows, labels[:, 1:].flatten(), reduction="sum")
-        return training_loss(logits, tokens).sum()
+        labels = sample_labels(logits, tokens, 0) if sample else tokens.targets
+        return models.torchs_loss(logits, tokens, labels).sum()
 
     def compute_measurement(self, batch: Mapping[str, Tensor], model: nn.Module) -> Tensor:
         """Σ log p(completion | prompt)."""
         tokens = as_batch(batch)
-        return log_probability(model(tokens.inputs).logits, tokens).sum()
+        return -models.torchs_loss(model(tokens.inputs).logits, tokens, tokens.targets).sum()
 
     def get_attention_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which positions count in A and S: ours are those that carry a loss."""

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from influence.likelihoods import NO_TARGET
 from influence.sequences import TokenBatch
 
 SEED = 0
@@ -78,6 +81,18 @@ def build(shape: Shape) -> PreTrainedModel:
             )
     model.config.use_cache = False
     return model.float().eval()
+
+
+def torchs_loss(
+    logits: Float[Tensor, "n t v"], batch: TokenBatch, labels: Int[Tensor, "n t"]
+) -> Float[Tensor, " n"]:
+    """What the unit and the peers differentiate: cross-entropy as PyTorch has it.
+
+    Our passes have one of their own (`influence/likelihoods.py`), of the same value.
+    """
+    rows, targets = logits.flatten(0, 1), batch.position_labels(labels).flatten()
+    losses = nn.functional.cross_entropy(rows, targets, reduction="none", ignore_index=NO_TARGET)
+    return losses.view(len(batch.ids), -1).sum(dim=1)
 
 
 def sequences(num: int, length: int, seed: int) -> TokenBatch:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +19,6 @@ from influence.ekfac import EKFACBlock
 from influence.factors import Factors, fit_factors
 from influence.layers import Layer, find_layers, share_inputs
 from influence.lowrank import LowRank
-from influence.objectives import training_loss
 from influence.queries import Method, Query, prepare_queries
 from influence.selfinfluence import stream_self
 from influence.sequences import TokenBatch, batches_by_tokens
@@ -132,6 +131,7 @@ class Setting:
         }
 
 
+@cache
 def _rotation(size: int) -> Tensor:
     drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
     return torch.linalg.qr(drawn)[0]
@@ -144,7 +144,7 @@ def unit(setting: Setting) -> Work:
         for batch in setting.batches:
             setting.model.zero_grad(set_to_none=True)
             logits = setting.model(batch.inputs).logits
-            training_loss(logits, batch).sum().backward()
+            models.torchs_loss(logits, batch, batch.targets).sum().backward()
         setting.model.zero_grad(set_to_none=True)
 
     return Work(call, setting.num_tokens)

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from influence.experts import Route
-from influence.layers import Layer, as_positions
+from influence.fused import Origin, origin_of
+from influence.layers import Layer, gradients_by_position, inputs_by_position
+
+# Hears the inputs of a layer as soon as it ran; then nobody keeps them.
+OnInput = Callable[[Layer, Float[Tensor, "n t i"]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class LayerIO:
     Of an expert, columns are the tokens routed to it, fewer than the positions of the sequence;
     `positions` says which, and is −1 in columns that a sequence does not fill, where a and ds are
     0. Of other layers it is None: every position is there.
+
+    Of a pass that told its inputs on the way forward, `a` has no columns.
     """
 
     a: Float[Tensor, "n t i"]
@@ -64,10 +70,10 @@ class LayerIO:
 class Capture:
     """The open pass that `capture` yields; each `backward` returns one `LayerIO` a layer."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[Layer], on_input: OnInput | None = None) -> None:
+        self._layers, self._on_input = layers, on_input
         self._batch: tuple[int, ...] = ()
-        self._inputs: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor | Origin] = {}
         self._watched: dict[str, list[tuple[Tensor, int]]] = {}
         # Places in the graph, not tensors: one of them stays the layer's output also where the
         # model goes on to change the tensor in place, as Falcon does.
@@ -112,15 +118,23 @@ class Capture:
             layer = by_name[name]
             ds = self._zeros[name]() if ds is None else ds
             if name in self._routes:
-                packed = self._routes[name].pack(self._inputs[name], ds, self._batch[0])
+                packed = self._routes[name].pack(self._input(name), ds, self._batch[0])
                 ios[name] = LayerIO(*packed[:2], layer.has_bias, packed[2])
             else:
-                a, ds = as_positions(layer, self._inputs[name], ds, self._batch)
-                ios[name] = LayerIO(a, ds, layer.has_bias)
+                a = None  # told on the way forward
+                if name in self._inputs:
+                    a = inputs_by_position(layer, self._input(name), self._batch)
+                ds = gradients_by_position(layer, ds, self._batch)
+                ios[name] = LayerIO(ds[..., :0] if a is None else a, ds, layer.has_bias)
         return ios
 
+    def _input(self, name: str) -> Tensor:
+        kept = self._inputs[name]
+        return kept.again() if isinstance(kept, Origin) else kept
+
     def _explain_non_finite(self) -> None:
-        for name, a in self._inputs.items():
+        for name in self._inputs:
+            a = self._input(name)
             bad = ~torch.isfinite(a).flatten()
             if bad.any():  # sequences come first, also where a model flattens them with positions
                 first = int(bad.nonzero()[0])
@@ -151,12 +165,18 @@ class Capture:
                 f"layer {layer.name!r} ran twice in one pass: weight sharing is not supported; "
                 "leave this layer out of `layers`"
             )
-        self._inputs[layer.name] = a.detach()
+        self._watched[layer.name] = []
         if layer.is_routed:
             self._routes[layer.name] = args[1]
-        # A detached tensor counts the changes of its original: without weight gradients autograd
-        # itself no longer objects to them.
-        self._watched[layer.name] = [(self._inputs[layer.name], a._version)]
+        if self._on_input is not None and not layer.is_routed:
+            self._on_input(layer, inputs_by_position(layer, a.detach(), self._batch))
+        else:
+            # A detached tensor counts the changes of its original: without weight gradients
+            # autograd itself no longer objects to them.
+            origin = origin_of(a)
+            kept = a.detach() if origin is None else origin.before
+            self._inputs[layer.name] = kept if origin is None else origin
+            self._watched[layer.name].append((kept, kept._version))
         self._zeros[layer.name] = partial(
             torch.zeros, output.shape, dtype=output.dtype, device=output.device
         )
@@ -183,14 +203,18 @@ class NonFiniteError(ValueError):
 
 
 @contextmanager
-def capture(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Capture]:
+def capture(
+    model: nn.Module, layers: Sequence[Layer], on_input: OnInput | None = None
+) -> Iterator[Capture]:
     """Open a pass over `model`: run it once inside the block, then call `Capture.backward`.
+
+    Where `on_input` hears of inputs, no layer's are kept for the way back but those of experts.
 
     No parameter requires a gradient inside the block, so autograd forms no weight gradient, and
     the graph begins at the outputs of the lowest layers, so nothing flows below them. Hooks are
     removed and `requires_grad` is put back when the block ends, also by an exception.
     """
-    captured = Capture(layers)
+    captured = Capture(layers, on_input)
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = []
 

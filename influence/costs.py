@@ -131,16 +131,31 @@ def rotation_flop(layer: Layer, length: Number) -> Number:
 
 
 @cache
-def _rotation_flop(i: int, o: int, length: Number) -> Number:
-    basis = EigenBasis(torch.empty(i, i, device="meta"), torch.empty(o, o, device="meta"))
+def _rotation_flop(i: int, o: int, length: Number, has_inputs: bool = False) -> Number:
+    """`has_inputs`: they are rotated already."""
+    basis = _basis(i, o)
     inputs = length if basis.rotates_inputs_first(round(length)) else o
     outputs = length if basis.rotates_outputs_first(round(length)) else i
-    return 2 * inputs * i**2 + 2 * outputs * o**2 + 2 * length * i * o
+    return 2 * inputs * i**2 * (not has_inputs) + 2 * outputs * o**2 + 2 * length * i * o
+
+
+@cache
+def _basis(i: int, o: int) -> EigenBasis:
+    return EigenBasis(torch.empty(i, i, device="meta"), torch.empty(o, o, device="meta"))
 
 
 def spectrum_flop(layers: Sequence[Layer], length: Length) -> Number:
-    """Of one sequence: rotated gradients, squared and added."""
-    return sum(rotation_flop(each, length(each)) + 2 * each.d_in * each.d_out for each in layers)
+    """Of one sequence: rotated gradients, squared and added; an input that is rotated is so for all
+    layers in a row that take it (`RotatedInputs`)."""
+    total, rotated = 0.0, None
+    for each in layers:
+        columns, shares = length(each), each.input_group == rotated
+        total += _rotation_flop(each.d_in, each.d_out, columns, shares) + 2 * each.d_in * each.d_out
+        first = _basis(each.d_in, each.d_out).rotates_inputs_first(round(columns))
+        # Tokens that are routed to an expert are packed anew for each of its layers.
+        if not shares:
+            rotated = each.input_group if first and not each.is_routed else None
+    return total
 
 
 def eigen_flop(size: int) -> Number:

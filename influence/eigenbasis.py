@@ -74,19 +74,32 @@ class EigenBasis:
         """A right factor times Q_Aᵀ."""
         return right @ self.Q_A.mT
 
-    def rotate_gradient(self, io: LayerIO) -> Float[Tensor, "n {self.d_out} {self.d_in}"]:
-        """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A; a side is rotated before the sum or after, as is cheaper."""
+    def rotate_gradient(
+        self, io: LayerIO, shared: "RotatedInputs | None" = None
+    ) -> Float[Tensor, "n {self.d_out} {self.d_in}"]:
+        """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A; a side is rotated before the sum or after, as is cheaper.
+
+        `shared` holds the inputs of the layer before, if these were rotated.
+        """
         num_positions = io.a.shape[1]
         outputs_first = self.rotates_outputs_first(num_positions)
         ds = io.ds @ self.Q_S if outputs_first else io.ds
-        if self.rotates_inputs_first(num_positions):
-            G = ds.mT @ self._rotated_inputs(io)
+        inputs = shared.find(self, io) if shared is not None else None
+        if inputs is None and self.rotates_inputs_first(num_positions):
+            inputs = self._rotated_inputs(io)
+            if shared is not None:
+                shared.keep(self, io, inputs)
+        if inputs is not None:
+            G = ds.mT @ inputs
         else:
             G = _product(LayerIO(io.a, ds, io.has_bias).gradient(), self.Q_A)
         return G if outputs_first else self.Q_S.mT @ G
 
     def add_rotated_squares(
-        self, into: Float[Tensor, "{self.d_out} {self.d_in}"], io: LayerIO
+        self,
+        into: Float[Tensor, "{self.d_out} {self.d_in}"],
+        io: LayerIO,
+        shared: "RotatedInputs | None" = None,
     ) -> None:
         """Add Σ_n (Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A)² in place, squared entry by entry.
 
@@ -94,7 +107,7 @@ class EigenBasis:
         is formed.
         """
         if io.a.shape[1] > 1:
-            for rotated in self.rotate_gradient(io).to(into.dtype):
+            for rotated in self.rotate_gradient(io, shared).to(into.dtype):
                 into.addcmul_(rotated, rotated)  # one pass over memory, where squares take three
             return
         inputs, outputs = self._rotated_inputs(io), io.ds @ self.Q_S
@@ -107,12 +120,14 @@ class EigenBasis:
         return inputs.add_(self.Q_A[-1]) if io.has_bias else inputs
 
     def rotates_inputs_first(self, num_positions: int) -> bool:
-        """Whether T products with Q_A, one a token, cost less than d_out, one a row."""
-        return num_positions < self.d_out
+        """Whether T products with Q_A, one a token, cost less than d_out, one a row; where they
+        cost the same, one product for all sequences runs faster than one for each."""
+        return num_positions <= self.d_out
 
     def rotates_outputs_first(self, num_positions: int) -> bool:
-        """Whether T products with Q_S, one a token, cost less than d_in, one a column."""
-        return num_positions < self.d_in
+        """Whether T products with Q_S, one a token, cost less than d_in, one a column, or the
+        same."""
+        return num_positions <= self.d_in
 
     @property
     def d_in(self) -> int:
@@ -125,6 +140,26 @@ class EigenBasis:
     def to(self, dtype: torch.dtype, device: torch.device | str) -> "EigenBasis":
         """The same basis in the dtype and on the device of a pass."""
         return EigenBasis(self.Q_A.to(device, dtype), self.Q_S.to(device, dtype))
+
+
+class RotatedInputs:
+    """[a; 1]ᵀ Q_A of one layer, for the next ones that take the same input: k and v after q."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def find(self, basis: EigenBasis, io: LayerIO) -> Float[Tensor, "n t d_in"] | None:
+        """The inputs kept, if they are these in this basis."""
+        if self._last is None:
+            return None
+        a, Q_A, inputs = self._last
+        # What is kept is alive, so that no other tensor can be where it is.
+        same = Q_A is basis.Q_A and a.data_ptr() == io.a.data_ptr()
+        return inputs if same and (a.shape, a.stride()) == (io.a.shape, io.a.stride()) else None
+
+    def keep(self, basis: EigenBasis, io: LayerIO, inputs: Float[Tensor, "n t d_in"]) -> None:
+        """In the place of those kept before."""
+        self._last = io.a, basis.Q_A, inputs
 
 
 def _product(x: Float[Tensor, "n m k"], Q: Float[Tensor, "k d"]) -> Float[Tensor, "n m d"]:

@@ -241,10 +241,10 @@ def _layer(name: str, module: nn.Module) -> Layer:
     return Layer(name, module, d_in + has_bias, d_out, has_bias, input_group=name)
 
 
-def as_positions(
-    layer: Layer, a: Float[Tensor, "..."], ds: Float[Tensor, "..."], batch: Sequence[int]
-) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "n t o"]]:
-    """Inputs and output gradients of a layer, by sequence and position.
+def inputs_by_position(
+    layer: Layer, a: Float[Tensor, "..."], batch: Sequence[int]
+) -> Float[Tensor, "n t i"]:
+    """Inputs of a layer, by sequence and position.
 
     A single example has one position; the positions of an image are the patches of a convolution,
     its inputs in the order in which the weight is flattened. A model may also put all sequences'
@@ -253,7 +253,6 @@ def as_positions(
     Args:
         layer: that ran.
         a: its inputs.
-        ds: the gradients of its outputs.
         batch: of the model's input, (sequences, positions) of tokens and (examples,) of others.
 
     Raises:
@@ -265,15 +264,23 @@ def as_positions(
             module.kernel_size, module.dilation, module.padding, module.stride,
         )  # fmt: skip
         assert not isinstance(padding, str)
-        patches = nn.functional.unfold(a, size, dilation, padding, stride)
-        return patches.mT, ds.flatten(2).mT
+        return nn.functional.unfold(a, size, dilation, padding, stride).mT
     places = (*batch, 1)[:2]
     if a.ndim == 2 and len(a) == places[0] * places[1]:
-        return a.unflatten(0, places), ds.unflatten(0, places)
+        return a.unflatten(0, places)
     if a.ndim != 3 or a.shape[: len(batch)] != tuple(batch):
         raise ValueError(
             f"layer {layer.name!r} ran on inputs of shape {tuple(a.shape)} in a batch of "
             f"{' × '.join(map(str, batch))} positions, so that their sequences cannot be told; "
             "leave this layer out of `layers`"
         )
-    return a, ds
+    return a
+
+
+def gradients_by_position(
+    layer: Layer, ds: Float[Tensor, "..."], batch: Sequence[int]
+) -> Float[Tensor, "n t o"]:
+    """The gradients of a layer's outputs, by the positions of `inputs_by_position`."""
+    if isinstance(layer.module, nn.Conv2d):
+        return ds.flatten(2).mT
+    return ds.unflatten(0, (*batch, 1)[:2]) if ds.ndim == 2 else ds

@@ -6,7 +6,7 @@ Gauss-Newton matrix is the Fisher matrix (Grosse et al. 2023, §2.3; Martens 202
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 NO_TARGET = -100  # instead of a class: a row without a loss; PyTorch's own number for it
 CLASSES = 64  # of a block, of which a draw sees the sum first
+# Numbers of a block of rows: what is made of logits is as large as they are, and of one block it
+# stays in the cache.
+CACHED, CACHED_BY_GPU = 2**18, 2**26
 
 
 @runtime_checkable
@@ -51,25 +54,13 @@ class Softmax:
 
     def loss(self, outputs: Float[Tensor, "m c"], targets: Tensor) -> Float[Tensor, " m"]:
         """Cross-entropy, in float32 at least; 0, with gradient 0, where there is `NO_TARGET`."""
-        outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
-        return nn.functional.cross_entropy(
-            outputs, targets, reduction="none", ignore_index=NO_TARGET
-        )
+        losses = _CrossEntropy.apply(outputs, targets)
+        assert isinstance(losses, Tensor)
+        return losses
 
     def sample(self, outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Tensor:
         """A class for each row."""
-        # Inverse transform with sums in float64: rounding must not move a draw over a boundary.
-        # First a block of classes is drawn and then a class of it, so that not every class is
-        # turned into float64.
-        outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
-        weights = (outputs - outputs.amax(dim=-1, keepdim=True)).exp_()
-        if missing := -weights.shape[-1] % CLASSES:
-            weights = nn.functional.pad(weights, (0, missing))
-        blocks = weights.unflatten(-1, (-1, CLASSES))
-        block, within = _draw(blocks.sum(dim=-1), uniform[:, :1])
-        inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, CLASSES))[:, 0]
-        drawn = block * CLASSES + _draw(inside, within)[0]
-        return drawn.squeeze(-1).clamp(max=outputs.shape[-1] - 1)
+        return torch.cat([_classes(outputs[rows], uniform[rows]) for rows in _blocks(outputs)])
 
     def num_uniforms(self, num_outputs: int) -> int:
         """One, however many classes."""
@@ -120,6 +111,70 @@ class Gaussian:
     ) -> Float[Tensor, " m"]:
         """½‖ŷ − ŷ_before‖²."""
         return (outputs - before).square().sum(dim=-1) / 2
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """−log p of each row, of which the way back needs no more than the logits themselves.
+
+    PyTorch's own keeps all log-probabilities and makes two gradients of their size.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Float[Tensor, "m c"], targets: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+        return torch.cat(
+            [
+                nn.functional.cross_entropy(
+                    _wide(logits[rows]), targets[rows], reduction="none", ignore_index=NO_TARGET
+                )
+                for rows in _blocks(logits)
+            ]
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Float[Tensor, "m c"], None]:
+        """(p − e_target) times the slope of each row's loss."""
+        logits, targets = ctx.saved_tensors
+        slope = slopes[0].masked_fill(targets == NO_TARGET, 0).unsqueeze(1)
+        target = targets.clamp(min=0).unsqueeze(1)
+        any_in_a_batch = logits[:, :1] + slope  # under vmap; what is written to must be so too
+        gradient = any_in_a_batch.new_empty(logits.shape, dtype=logits.dtype)
+        for rows in _blocks(logits):
+            p = _wide(logits[rows]).softmax(dim=-1)
+            excess = p.scatter_add(1, target[rows], -torch.ones_like(p[:, :1]))
+            gradient[rows] = excess * slope[rows]
+        return gradient, None
+
+
+def _wide(x: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def _blocks(outputs: Float[Tensor, "m c"]) -> list[slice]:
+    """Rows, as many at a time as the cache holds."""
+    numbers = CACHED if outputs.device.type == "cpu" else CACHED_BY_GPU
+    size = max(1, numbers // outputs.shape[1])
+    return [slice(start, start + size) for start in range(0, max(1, len(outputs)), size)]
+
+
+def _classes(outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Int[Tensor, " m"]:
+    # Inverse transform with sums in float64: rounding must not move a draw over a boundary.
+    # First a block of classes is drawn and then a class of it, so that not every class is
+    # turned into float64.
+    outputs = _wide(outputs)
+    weights = (outputs - outputs.amax(dim=-1, keepdim=True)).exp_()
+    if missing := -weights.shape[-1] % CLASSES:
+        weights = nn.functional.pad(weights, (0, missing))
+    blocks = weights.unflatten(-1, (-1, CLASSES))
+    block, within = _draw(blocks.sum(dim=-1), uniform[:, :1])
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, CLASSES))[:, 0]
+    drawn = block * CLASSES + _draw(inside, within)[0]
+    return drawn.squeeze(-1).clamp(max=outputs.shape[-1] - 1)
 
 
 def _draw(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence.capture import LayerIO, NonFiniteError, capture
+from influence.capture import LayerIO, NonFiniteError, OnInput, capture
 from influence.examples import Batch
 from influence.fused import fused_activations
 from influence.layers import Layer
@@ -50,31 +50,44 @@ def check_finite_layers(
 
 
 def run_pass(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, objective: Objective
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    objective: Objective,
+    on_input: OnInput | None = None,
 ) -> dict[str, LayerIO]:
     """`LayerIO` of every layer that ran, for the sum of `objective` over the batch.
+
+    Where `on_input` hears of inputs on the way forward, `a` has no columns (`capture`).
 
     Raises:
         NonFiniteSequenceError: if an activation is NaN or infinite.
     """
-    with fused_activations(model), capture(model, layers) as captured:
+    with fused_activations(model), capture(model, layers, on_input) as captured:
         outputs = forward(model, batch)
         values = objective(outputs, batch.to(outputs.device))
         del outputs  # logits are the largest of all, and the way back needs only their gradient
         try:
             return captured.backward(values.sum())
         except NonFiniteError as error:
-            # Where all layers' inputs are finite, the outputs above them are not.
-            row = error.row if error.row is not None else int((~values.isfinite()).nonzero()[0])
-            raise NonFiniteSequenceError(error.layer, int(batch.ids[row])) from error
+            failed = error
+    if on_input is not None:
+        run_pass(model, layers, batch, objective)  # keeps the inputs, and so can name the layer
+    # Where all layers' inputs are finite, the outputs above them are not.
+    row = failed.row if failed.row is not None else int((~values.isfinite()).nonzero()[0])
+    raise NonFiniteSequenceError(failed.layer, int(batch.ids[row])) from failed
 
 
 def pseudo_gradients(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, seed: int
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    seed: int,
+    on_input: OnInput | None = None,
 ) -> dict[str, LayerIO]:
     """`LayerIO` whose `ds` are pseudo-gradients: labels sampled from the model (Eq. 13)."""
 
     def objective(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tensor, " n"]:
         return pseudo_loss(outputs, batch, sample_labels(outputs, batch, seed))
 
-    return run_pass(model, layers, batch, objective)
+    return run_pass(model, layers, batch, objective, on_input)

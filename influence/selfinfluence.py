@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from influence.capture import LayerIO
 from influence.damping import Damping
+from influence.eigenbasis import RotatedInputs
 from influence.ekfac import EKFACBlock
 from influence.examples import Batch
 from influence.layers import Layer
@@ -34,7 +35,9 @@ class SelfInfluence:
     damping: Damping
     _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    def of(self, batch: Batch, layer: Layer, io: LayerIO | None) -> Float[Tensor, " n"]:
+    def of(
+        self, batch: Batch, layer: Layer, io: LayerIO | None, shared: RotatedInputs | None = None
+    ) -> Float[Tensor, " n"]:
         """Of one layer, whether finite or not; 0 where it did not run."""
         solver = self.solvers[layer.name]
         if io is None or isinstance(solver, Unreached):  # an idle expert
@@ -42,7 +45,7 @@ class SelfInfluence:
         if layer.name not in self._weights:
             ones = torch.ones_like(solver.eigenvalues)
             self._weights[layer.name] = solver.solve_rotated(ones, self.damping).flatten()
-        squares = solver.basis.rotate_gradient(io).square_()
+        squares = solver.basis.rotate_gradient(io, shared).square_()
         return squares.flatten(1) @ self._weights[layer.name]
 
     def of_all(
@@ -53,7 +56,8 @@ class SelfInfluence:
         Raises:
             NonFiniteSequenceError: naming layer and sequence.
         """
-        forms = (self.of(batch, each, ios.get(each.name)) for each in layers)
+        shared = RotatedInputs()
+        forms = (self.of(batch, each, ios.get(each.name), shared) for each in layers)
         found = torch.stack([form.to(batch.ids.device) for form in forms], dim=-1)
         check_finite_layers(found, layers, batch)
         return found

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from influence.capture import LayerIO
-from influence.eigenbasis import EigenBasis
+from influence.eigenbasis import EigenBasis, RotatedInputs
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.passes import check_finite, pseudo_gradients
@@ -73,7 +73,7 @@ def fit_spectra(
     for layer in layers:
         if layer.name not in bases and not layer.is_routed:
             raise ValueError(f"layer {layer.name!r} has no eigenbasis; fit its factors first")
-    squares = _Squares(bases)
+    squares = _Squares(bases, layers)
     num_sequences = 0
     for batch in batches:  # no name keeps what a pass captured while the next one runs
         squares.add(pseudo_gradients(model, layers, batch, seed), batch)
@@ -87,24 +87,30 @@ def fit_spectra(
 class _Squares:
     """Σ of squares of each layer, as it grows."""
 
-    def __init__(self, bases: Mapping[str, EigenBasis]) -> None:
+    def __init__(self, bases: Mapping[str, EigenBasis], layers: Sequence[Layer]) -> None:
         self._bases = bases
-        self._sums: dict[str, LongSum] = {}
+        # Before the first pass, as in `fit_factors`.
+        self._sums = {each.name: self._sum(each.name) for each in layers if not each.is_routed}
         self._norms: dict[str, Tensor] = {}  # before and after rotation
+
+    def _sum(self, name: str) -> LongSum:
+        basis = self._bases[name]
+        return LongSum(basis.d_out, basis.d_in, basis.Q_A)
 
     def add(self, ios: Mapping[str, LayerIO], batch: Batch) -> None:
         """A batch more."""
         totals: dict[str, Tensor] = {}
+        shared = RotatedInputs()
         for name, io in ios.items():
             if name not in self._bases:  # an expert that no token of the factors' fit reached
                 continue
             basis = self._bases[name]
             if name not in self._sums:
-                self._sums[name] = LongSum(basis.d_out, basis.d_in, io.a)
+                self._sums[name] = self._sum(name)
             if name not in self._norms and (norms := _norms(io, basis)) is not None:
                 self._norms[name] = norms
             into = self._sums[name].open()
-            basis.add_rotated_squares(into, io)
+            basis.add_rotated_squares(into, io, shared)
             totals[name] = into.sum()
         # One look at all layers: each would make a GPU wait.
         found = [total.to(batch.ids.device) for total in totals.values()]

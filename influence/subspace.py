@@ -14,7 +14,7 @@ from torch import Tensor
 
 from influence.capture import LayerIO
 from influence.lowrank import LowRank
-from influence.sums import add_upper_moment, mirror
+from influence.sums import UpperMoment
 
 SPARE = 16  # columns of the search beyond those that are kept
 ITERATIONS = 4  # each squares how fast what is left out falls
@@ -113,8 +113,9 @@ def _range(X: Float[Tensor, "q d r"], columns: int) -> Float[Tensor, "d kept"]:
 
 def _gram(flat: Float[Tensor, "d l"]) -> Float64[Tensor, "d d"]:
     """flat flatᵀ, a part of the columns in float64 at a time."""
-    gram = flat.new_zeros(len(flat), len(flat), dtype=torch.float64)
+    gram = flat.new_empty(len(flat), len(flat), dtype=torch.float64)
+    moment = UpperMoment(len(flat), gram)
     for part in flat.split(max(1, PART // len(flat)), dim=1):
-        add_upper_moment(gram, part.double().mT)
-    mirror(gram)
+        moment.add(part.double().mT)
+    moment.close(gram)
     return gram

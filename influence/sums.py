@@ -4,7 +4,7 @@ Turning every product into float64 would cost more memory traffic than the produ
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 CARRY = 16  # additions in the dtype of the pass; rounding grows with them, traffic falls
@@ -41,19 +41,15 @@ class LongSum:
         self._additions += 1
         return self._gathered
 
-    def total(self, mirrored: int = 0) -> Float[Tensor, "rows columns"]:
-        """The sum in float64, as the last thing asked of it.
-
-        `mirrored`: a leading square of so many rows was added to by `add_upper_moment`.
-        """
-        halves_first = mirrored > 0 and self._total is None
-        if halves_first:  # before it is turned into float64, which has twice the bytes
-            mirror(self._gathered[:mirrored, :mirrored])
+    def total(self) -> Float[Tensor, "rows columns"]:
+        """The sum in float64."""
         self._carry()
         assert self._total is not None
-        if mirrored and not halves_first:
-            mirror(self._total[:mirrored, :mirrored])
         return self._total
+
+    def close(self) -> Float[Tensor, "rows columns"]:
+        """The sum, as the last thing asked of it: in float64 if it was long."""
+        return self._gathered if self._total is None else self.total()
 
     def _carry(self) -> None:
         if self._total is None:
@@ -69,23 +65,43 @@ class LongSum:
 
 
 def gathered(x: Float[Tensor, "s d"], places: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
-    """Some of the rows, laid out so that `add_upper_moment` reads them fast."""
+    """Some of the rows, laid out so that `UpperMoment` reads them fast."""
     rows = x.new_empty(len(places), x.shape[1] + SKEW)[:, : x.shape[1]]
     return torch.index_select(x, 0, places, out=rows)
 
 
-def add_upper_moment(into: Float[Tensor, "d d"], x: Float[Tensor, "s d"]) -> None:
-    """Add xᵀx in place, of which only blocks on and above the diagonal are multiplied out."""
-    for rows in _blocks(x.shape[1]):
-        into[rows, rows.start :].addmm_(x[:, rows].mT, x[:, rows.start :])
+class UpperMoment:
+    """Σ xᵀx as it grows, of which blocks on and above the diagonal are multiplied out, and kept.
 
+    Args:
+        width: of x.
+        like: a tensor of the pass, as in `LongSum`.
+    """
 
-def mirror(upper: Float[Tensor, "d d"]) -> None:
-    """Make symmetric in place what `add_upper_moment` has added to."""
-    for rows in _blocks(len(upper)):
-        square, below = upper[rows, rows], slice(rows.stop, None)
-        upper[rows, rows] = (square + square.mT) / 2  # equal but for rounding
-        upper[below, rows] = upper[rows, below].mT
+    def __init__(self, width: int, like: Tensor) -> None:
+        self._width = width
+        self._sums = [LongSum(rows.stop - rows.start, width - rows.start, like)
+                      for rows in _blocks(width)]  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what can be added."""
+        return self._sums[0].dtype
+
+    def add(self, x: Float[Tensor, "s d"]) -> None:
+        """Rows more, in `dtype`."""
+        for rows, products in zip(_blocks(self._width), self._sums, strict=True):
+            products.open().addmm_(x[:, rows].mT, x[:, rows.start :])
+
+    def close(self, into: Float64[Tensor, "d d"]) -> None:
+        """Write the whole sum, as the last thing asked of it; each part is let go on the way."""
+        for rows in _blocks(self._width):
+            upper = self._sums.pop(0).close()
+            size, below = rows.stop - rows.start, slice(rows.stop, None)
+            square = upper[:, :size]
+            into[rows, rows] = (square + square.mT) / 2  # equal but for rounding
+            into[rows, below] = upper[:, size:]
+            into[below, rows] = upper[:, size:].mT
 
 
 def _blocks(width: int) -> list[slice]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from influence.capture import capture
 from influence.examples import Batch
-from influence.layers import find_layers
+from influence.layers import Layer, find_layers
 from influence.objectives import forward, training_loss
 from influence.passes import NonFiniteSequenceError, run_pass
 from tests import oracles
@@ -51,18 +51,44 @@ def test_prompt_positions_carry_gradient_to_the_loss_of_later_tokens():
     assert io["block.mlp.fc1"].ds[0, :2].abs().min() > 1e-6
 
 
-def test_logits_are_let_go_before_the_way_back():
+def test_logits_that_the_way_back_does_not_need_are_let_go_before_it():
     """They are the largest of all that a pass holds."""
     alive = []
 
     def objective(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        logits, losses = weakref.ref(outputs), training_loss(outputs, batch)
+        logits, losses = weakref.ref(outputs), training_loss(outputs.clone(), batch)
         losses.register_hook(lambda _: alive.append(logits() is not None))
         return losses
 
     model = models.mlp()
     run_pass(model, models.attributed(model), models.batch(models.corpus()), objective)
     assert alive == [False]
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_inputs_told_on_the_way_forward_are_the_captured_ones_and_nobody_keeps_them(case):
+    model, batch = models.CASES[case](), models.batch(models.corpus())
+    layers = models.attributed(model)
+    wanted = run_pass(model, layers, batch, training_loss)
+    told: dict[str, torch.Tensor] = {}
+    alive, refs = [], []
+    for layer in layers:
+        layer.module.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
+
+    def objective(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        alive.extend(ref() is not None for ref in refs)
+        return training_loss(outputs, batch)
+
+    def hear(layer: Layer, a: torch.Tensor) -> None:
+        told[layer.name] = a.clone()
+
+    ios = run_pass(model, layers, batch, objective, hear)
+    assert len(alive) == len(layers)
+    assert not all(alive)  # what autograd keeps for itself may be a layer's input, as a residual is
+    for name, io in ios.items():
+        assert torch.equal(told[name], wanted[name].a)
+        assert torch.equal(io.ds, wanted[name].ds)
+        assert io.a.shape == (*io.ds.shape[:2], 0)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from influence.layers import as_positions, find_layers, share_inputs
+from influence.layers import find_layers, gradients_by_position, inputs_by_position, share_inputs
 from influence.objectives import training_loss
 from tests.influence import models
 from tests.influence import validation_cases as cases
@@ -52,7 +52,8 @@ def test_the_positions_of_an_image_are_the_patches_the_kernel_lies_on(shape):
     layers, _ = find_layers(model, ["conv"])
     with torch.no_grad():
         outputs = model.conv(images)
-    a, s = as_positions(layers[0], images, outputs, (len(images),))
+    a = inputs_by_position(layers[0], images, (len(images),))
+    s = gradients_by_position(layers[0], outputs, (len(images),))
     for n, image in enumerate(images):
         wanted = oracles.patches(model.conv, image)
         torch.testing.assert_close(a[n], wanted)

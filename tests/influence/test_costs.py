@@ -11,7 +11,7 @@ from influence import costs
 from influence.capture import LayerIO
 from influence.contraction import Contractions
 from influence.costs import ModelShape
-from influence.eigenbasis import EigenBasis
+from influence.eigenbasis import EigenBasis, RotatedInputs
 from influence.factors import fit_factors
 from influence.layers import Layer, find_layers
 from influence.lowrank import LowRank
@@ -19,7 +19,7 @@ from influence.objectives import forward, training_loss
 from influence.passes import run_pass
 from influence.sequences import TokenBatch
 from influence.subspace import SharedSubspace
-from influence.sums import add_upper_moment
+from influence.sums import UpperMoment
 from tests.influence import models
 
 
@@ -102,8 +102,9 @@ def test_a_pass_forms_no_weight_gradient():
 @pytest.mark.parametrize("width", [24, 1600])
 def test_covariances_multiply_one_half_where_blocks_are_many(width):
     one = layer(width, width)
-    rows, into = torch.randn(3, width), torch.zeros(width, width)
-    done = counted(lambda: add_upper_moment(into, rows))
+    rows = torch.randn(3, width)
+    moment = UpperMoment(width, rows)
+    done = counted(lambda: moment.add(rows))
     assert 2 * done == 3 * costs.factor_flop(ModelShape((one,), 0, 0, 0, 0))  # A and S, 3 tokens
 
 
@@ -115,6 +116,23 @@ def test_rotations_cost_what_they_do_in_the_form_that_runs(sizes, length):
     io = LayerIO(torch.randn(2, length, d_in), torch.randn(2, length, d_out), False)
     done = counted(lambda: basis.rotate_gradient(io))
     assert done == 2 * costs.rotation_flop(layer(d_in, d_out), length)
+
+
+@pytest.mark.parametrize("length", [4, 10])
+def test_an_input_that_is_rotated_is_so_once_for_the_layers_in_a_row_that_take_it(length):
+    """k is so narrow that alone it would rotate its gradient; v takes another input."""
+    layers = [layer(8, 12, "q"), layer(8, 6, "k", "q"), layer(8, 12, "v")]
+    a = {name: torch.randn(2, length, 8) for name in ("q", "v")}
+    Q_A = {name: torch.eye(8) for name in a}
+
+    def work() -> None:
+        shared = RotatedInputs()
+        for each in layers:
+            io = LayerIO(a[each.input_group], torch.randn(2, length, each.d_out), False)
+            EigenBasis(Q_A[each.input_group], torch.eye(each.d_out)).rotate_gradient(io, shared)
+
+    squared = sum(2 * each.d_in * each.d_out for each in layers)
+    assert counted(work) == 2 * (costs.spectrum_flop(layers, lambda _: length) - squared)
 
 
 @pytest.mark.parametrize("num_queries", [1, 500])

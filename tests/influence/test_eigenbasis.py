@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from influence.eigenbasis import EigenBasis, eigendecompose
+from influence.capture import LayerIO
+from influence.eigenbasis import EigenBasis, RotatedInputs, eigendecompose
 from influence.lowrank import LowRank
 from tests import oracles
 from tests.influence import models
@@ -97,6 +98,30 @@ def test_squares_of_rotated_gradients_are_summed_over_sequences_and_not_over_tok
     sums = torch.ones_like(wanted)
     frame.add_rotated_squares(sums, io)
     torch.testing.assert_close(sums, wanted + 1)
+
+
+def test_inputs_rotated_for_a_layer_serve_the_next_ones_with_the_same_input_and_basis(monkeypatch):
+    """Also one that would rotate its gradient instead; never another input, nor another basis."""
+    wide, other = models.random_io(0, t=3, i=4, o=5), models.random_io(1, t=3, i=4, o=5)
+    narrow = LayerIO(wide.a, models.random_io(2, t=3, i=4, o=2).ds, has_bias=True)
+    first, again = basis(5, 5), EigenBasis(models.orthogonal(1, 5), models.orthogonal(3, 5))
+    second = EigenBasis(first.Q_A, models.orthogonal(4, 2))
+    turned = EigenBasis(models.orthogonal(5, 5), first.Q_S)
+    assert not second.rotates_inputs_first(3)
+    rotated = []
+
+    def counting(basis, io, rotate=EigenBasis._rotated_inputs):
+        rotated.append(io)
+        return rotate(basis, io)
+
+    steps = [(first, wide), (second, narrow), (first, other), (turned, other), (again, other)]
+    wanted = [frame.rotate(io.gradient()) for frame, io in steps]
+    monkeypatch.setattr(EigenBasis, "_rotated_inputs", counting)
+    shared = RotatedInputs()
+    for (frame, io), each in zip(steps, wanted, strict=True):
+        torch.testing.assert_close(frame.rotate_gradient(io, shared), each)
+    assert [any(io is each for each in (wide, other)) for io in rotated] == [True] * 4
+    monkeypatch.undo()
 
 
 def test_all_four_orders_are_among_the_cases_above():

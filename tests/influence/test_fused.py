@@ -1,12 +1,16 @@
 """A pass runs activations that a model writes out step by step as one kernel."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from influence.capture import capture
-from influence.fused import fused_activations
+from influence.examples import Batch
+from influence.fused import fused_activations, origin_of
+from influence.layers import find_layers
 from influence.objectives import forward, training_loss
 from influence.passes import NonFiniteSequenceError, run_pass
 from tests.influence import models
@@ -52,6 +56,62 @@ def test_a_pass_uses_it_and_tells_what_the_written_out_one_tells():
         torch.testing.assert_close(io.a, wanted[name].a, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(io.ds, wanted[name].ds, rtol=1e-10, atol=1e-13)
     assert of(model, NewGELUActivation) == activations  # the very same modules are back
+
+
+class Scaled(nn.Module):
+    """An MLP that changes what its activation makes, or was made from, in place or not."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(3, 5), NewGELUActivation(), nn.Linear(5, 3)
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.up(x)
+        after = self.act(before)
+        if self.step == "after":
+            after.mul_(2)
+        if self.step == "before":
+            before.detach().mul_(2)
+        return self.down(after * 2 if self.step == "new" else after)
+
+
+@pytest.mark.parametrize("step", ["none", "after", "before", "new"])
+def test_an_activation_is_made_again_for_the_way_back_unless_it_was_changed(step):
+    model = Scaled(step).double()
+    layers, _ = find_layers(model, ["*"])
+    kept, x = [], torch.randn(2, 4, 3, dtype=torch.float64)
+    handle = model.down.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    origins: list[object] = []
+    model.down.register_forward_pre_hook(lambda _, args: origins.append(origin_of(args[0])))
+    with fused_activations(model), capture(model, layers) as captured:
+        outputs = model(x)
+        assert (origins[0] is not None) == (step == "none")
+        if step == "before":
+            with pytest.raises(RuntimeError, match="inplace"):  # autograd's own
+                captured.backward(outputs.sum())
+            return
+        ios = captured.backward(outputs.sum())
+    torch.testing.assert_close(ios["down"].a, kept[0])
+
+
+def test_a_pass_keeps_no_activation_that_it_can_make_again():
+    model, batch = models.gpt2(num_layers=2), models.batch(models.corpus())
+    alive, refs = [], []
+    for module in of(model, nn.Module):
+        if type(module).__name__ == "GPT2MLP":
+            down = module.get_submodule("c_proj")
+            down.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
+
+    def objective(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        alive.extend(ref() is not None for ref in refs)
+        return training_loss(outputs, batch)
+
+    run_pass(model, models.attributed(model), batch, objective)
+    assert alive == [False, False]
 
 
 def test_the_model_is_whole_again_after_a_pass_that_failed():

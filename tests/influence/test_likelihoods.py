@@ -1,15 +1,21 @@
 """Loss, curvature, divergence and draws of the two likelihoods, from their definitions."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
+from torch.func import grad, vmap
 
+from influence import likelihoods
 from influence.likelihoods import Gaussian, Likelihood, Softmax
 from tests.influence import validation_oracles as oracles
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 KINDS = {
     "softmax": (Softmax(), oracles.cross_entropy),
@@ -43,6 +49,63 @@ def test_the_loss_is_minus_the_log_probability_of_torchs_distributions():
         Gaussian().loss(outputs, values) + constant,
         -Normal(outputs, torch.ones(()).double()).log_prob(values).sum(dim=1),
     )
+
+
+@pytest.mark.parametrize("cached", [1, 21, likelihoods.CACHED])
+def test_cross_entropy_and_its_derivatives_are_torchs_however_many_rows_a_block_has(
+    cached, monkeypatch
+):
+    """The gradient, the one of the gradient, and both for many targets at once."""
+    monkeypatch.setattr(likelihoods, "CACHED", cached)
+    logits, slopes = normal(0, 8, 7), normal(1, 8)
+    targets = targets_of("softmax", 2, 8, 7)
+    targets[::3] = likelihoods.NO_TARGET
+
+    def torchs(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def derivatives(loss: Loss) -> list[Tensor]:
+        at = logits.clone().requires_grad_()
+        losses = loss(at, targets)
+        [first] = torch.autograd.grad(losses @ slopes, at, create_graph=True)
+        [second] = torch.autograd.grad((first * normal(3, 8, 7)).sum(), at)
+        both = torch.stack([targets, targets.flip(0)])
+        by_target = vmap(grad(lambda t, y: loss(t, y) @ slopes), (None, 0))(logits, both)
+        return [losses.detach(), first.detach(), second, by_target]
+
+    for got, wanted in zip(derivatives(Softmax().loss), derivatives(torchs), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+        assert wanted.abs().max() > 0.1
+
+
+def test_half_precision_logits_have_the_float32_gradient_rounded_once():
+    """Where p is near 1, p − 1 taken in bfloat16 would be 0."""
+    logits = (normal(0, 6, 5) * 3).to(torch.bfloat16)
+    logits[:, 2] += 9
+    targets = torch.full((6,), 2)
+
+    def slope(x: Tensor, loss: Loss) -> Tensor:
+        at = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(at, targets).sum(), at)[0]
+
+    wanted = slope(logits.float(), nn.functional.cross_entropy) * len(targets)
+    got = slope(logits, Softmax().loss)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), wanted, rtol=2**-8, atol=1e-7)
+
+
+def test_the_way_back_keeps_nothing_as_large_as_the_logits_but_these():
+    logits = normal(0, 30, 40).requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        Softmax().loss(logits, targets_of("softmax", 1, 30, 40)).sum()
+    large = [x for x in kept if x.numel() >= logits.numel()]
+    assert [x.data_ptr() for x in large] == [logits.data_ptr()]
 
 
 @given(st.sampled_from(list(KINDS)), st.integers(2, 5), st.integers(0, 99))
@@ -88,9 +151,13 @@ def test_classes_are_drawn_as_often_as_the_model_says():
     assert Softmax().num_uniforms(4) == 1
 
 
+@pytest.mark.parametrize("cached", [1000, likelihoods.CACHED])
 @pytest.mark.parametrize("num_classes", [63, 64, 65, 200])
-def test_a_class_is_drawn_where_the_cumulative_sum_passes_the_uniform(num_classes):
-    """However the classes are grouped; and none of those that the model excludes."""
+def test_a_class_is_drawn_where_the_cumulative_sum_passes_the_uniform(
+    num_classes, cached, monkeypatch
+):
+    """However classes and rows are grouped; and none of those that the model excludes."""
+    monkeypatch.setattr(likelihoods, "CACHED", cached)
     logits = normal(0, 300, num_classes) * 3
     logits[:, ::7] = -math.inf
     uniform = torch.rand(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

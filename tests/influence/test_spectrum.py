@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from influence.eigenbasis import EigenBasis
-from influence.layers import Layer
+from influence.layers import Layer, share_inputs
 from influence.spectrum import Spectrum, fit_spectra
 from tests import oracles
 from tests.influence import models
@@ -17,11 +17,11 @@ SEED = 12
 
 
 def any_bases(layers: tuple[Layer, ...]) -> dict[str, EigenBasis]:
-    """Λ is defined for any orthogonal basis; a random one is far from rows = columns."""
+    """Λ is defined for any orthogonal basis; a random one is far from rows = columns. Layers with
+    one input have one Q_A."""
+    inputs = {e.input_group: models.orthogonal(2 * n, e.d_in) for n, e in enumerate(layers)}
     return {
-        layer.name: EigenBasis(
-            models.orthogonal(2 * n, layer.d_in), models.orthogonal(2 * n + 1, layer.d_out)
-        )
+        layer.name: EigenBasis(inputs[layer.input_group], models.orthogonal(2 * n + 1, layer.d_out))
         for n, layer in enumerate(layers)
     }
 
@@ -30,7 +30,7 @@ def any_bases(layers: tuple[Layer, ...]) -> dict[str, EigenBasis]:
 def test_the_spectrum_is_the_oracles_for_the_labels_drawn(case):
     """Sum over tokens, prompt included, then rotate, then square, then mean over sequences."""
     model, sequences = models.CASES[case](), models.corpus()
-    layers = models.attributed(model)
+    layers = share_inputs(model, models.attributed(model), torch.zeros(1, 2, dtype=torch.int64))
     bases = any_bases(layers)
     spectra = fit_spectra(model, layers, bases, [models.batch(sequences)], SEED)
     labels = models.drawn_labels(model, sequences, SEED)

@@ -1,9 +1,11 @@
 """Long sums lose nothing to the pass's dtype, and half a symmetric product is the whole."""
 
+import math
+
 import pytest
 import torch
 
-from influence.sums import BLOCK, CARRY, LongSum, add_upper_moment, gathered, mirror
+from influence.sums import BLOCK, CARRY, LongSum, UpperMoment, gathered
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -14,15 +16,24 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [3, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 1300, 1536])
 def test_a_second_moment_by_blocks_is_the_whole_product(width):
-    x = random(7, width)
-    into = torch.zeros(width, width, dtype=torch.float64)
-    add_upper_moment(into, x[:4])
-    add_upper_moment(into, x[4:])
-    if width >= 2 * BLOCK:
-        assert not into[BLOCK : 2 * BLOCK, :BLOCK].any()  # not multiplied out
-    mirror(into)
-    assert torch.equal(into, into.mT)
-    torch.testing.assert_close(into, x.mT @ x, rtol=1e-12, atol=1e-12)
+    """Few additions or many; in float64 as in float32, where a long sum goes on in float64."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for number in (2, CARRY + 2):
+            x = random(3 * number, width, dtype=dtype)
+            moment = UpperMoment(width, x)
+            for part in x.split(3):
+                moment.add(part)
+            into = torch.full((width, width), math.nan, dtype=torch.float64)
+            moment.close(into)
+            assert torch.equal(into, into.mT)
+            wanted = x.double().mT @ x.double()
+            torch.testing.assert_close(into, wanted, rtol=tolerance, atol=60 * tolerance)
+
+
+def test_a_second_moment_keeps_little_more_than_one_half():
+    width = 8 * BLOCK
+    sums = UpperMoment(width, random(1))._sums
+    assert sum(each.open().numel() for each in sums) == width**2 * 9 / 16
 
 
 def test_rows_are_gathered_in_order_and_without_the_others():
