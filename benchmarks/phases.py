@@ -32,6 +32,8 @@ from tasks.spectra import write_spectra
 RANK = 32
 DAMPING = RelativeDamping(0.1)
 QUERY_LENGTH = 128
+UNIT_TOKENS = 2**14  # that the unit goes through, of a larger corpus
+WAITING = 2  # GiB
 SHARED = 256  # columns of the subspace that many queries share
 
 
@@ -47,6 +49,7 @@ class Setting:
         num_queries: of `QUERY_LENGTH` tokens or the sequences' length, whichever is less.
         tokens_per_batch: of a pass.
         made_up: eigenbases are rotations drawn at random, where only their size matters.
+        waiting_gib: of gradients that wait to meet many queries.
     """
 
     shape: models.Shape = models.SHAPES["M"]
@@ -56,6 +59,7 @@ class Setting:
     num_queries: int = 8
     tokens_per_batch: int = 2048
     made_up: bool = False
+    waiting_gib: int = WAITING
 
     @cached_property
     def model(self) -> nn.Module:
@@ -139,15 +143,17 @@ def _rotation(size: int) -> Tensor:
 
 def unit(setting: Setting) -> Work:
     """One forward and backward as in training, weight gradients of all parameters included."""
+    num_batches = max(1, UNIT_TOKENS // setting.tokens_per_batch)
+    batches = setting.batches[:num_batches]
 
     def call() -> None:
-        for batch in setting.batches:
+        for batch in batches:
             setting.model.zero_grad(set_to_none=True)
             logits = setting.model(batch.inputs).logits
             models.torchs_loss(logits, batch, batch.targets).sum().backward()
         setting.model.zero_grad(set_to_none=True)
 
-    return Work(call, setting.num_tokens)
+    return Work(call, sum(batch.tokens.numel() for batch in batches))
 
 
 def ours(setting: Setting, names: Sequence[str]) -> dict[str, Work]:
@@ -284,7 +290,8 @@ def full_rank_queries(setting: Setting, num: int) -> dict[str, LowRank]:
 
 def _stream(setting: Setting, prepared: Mapping[str, Prepared]) -> Work:
     def call() -> Tensor:
-        told = stream(setting.model, setting.layers, prepared, setting.batches)
+        memory = setting.waiting_gib * 2**30
+        told = stream(setting.model, setting.layers, prepared, setting.batches, memory)
         return torch.cat([raw for _, raw in told], dim=1)
 
     return Work(call, setting.num_tokens)

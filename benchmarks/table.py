@@ -136,7 +136,7 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
             agreement |= line.get("agreement", {})
             if "phase" in line:
                 cells = [
-                    TOLD[line["phase"]], str(line["sequences"]),
+                    _phase(line), str(line["sequences"]),
                     *(_cell(line, key) for key in ("fb", "peer_fb", "over_peer")), _memory(line),
                 ]  # fmt: skip
                 parts.append(f"| {' | '.join(cells)} |")
@@ -164,6 +164,11 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
 def _first(lines: Sequence[Line], key: str, default: Any) -> Any:
     """Of the first line that says; one that tells of memory alone does not say all."""
     return next((line[key] for line in lines if key in line), default)
+
+
+def _phase(line: Line) -> str:
+    waiting = line.get("waiting_gib")
+    return TOLD[line["phase"]] + (f", {waiting} GiB of gradients waiting" if waiting else "")
 
 
 def _cell(line: Line, key: str) -> str:

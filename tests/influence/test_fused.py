@@ -1,15 +1,18 @@
 """A pass runs activations that a model writes out step by step as one kernel."""
 
 import weakref
+from importlib import import_module
 
 import pytest
 import torch
 from torch import nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from influence import fused
 from influence.capture import capture
 from influence.examples import Batch
-from influence.fused import fused_activations, origin_of
+from influence.fused import _RMSNormalised, fused_activations, origin_of
 from influence.layers import find_layers
 from influence.objectives import forward, training_loss
 from influence.passes import NonFiniteSequenceError, run_pass
@@ -35,6 +38,60 @@ def test_the_kernel_computes_the_same_function_and_derivative(kind):
     # FastGELU has √(2/π) to ten digits.
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
     torch.testing.assert_close(fused_slope, slope, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("cached", [1, 100, fused.CACHED])
+@pytest.mark.parametrize("place", sorted(fused.RMS_NORMS))
+def test_rows_are_normalised_as_transformers_does_it(place, cached, monkeypatch):
+    """Bit for bit on the way forward; heads have an axis more, and lie apart in memory."""
+    monkeypatch.setattr(fused, "CACHED", cached)
+    kind = getattr(import_module(place[0]), place[1])
+    model = nn.Sequential(kind(6)).requires_grad_(False)
+    model[0].weight.copy_(torch.linspace(-1, 2, 6))
+    x = torch.randn(3, 5, 4, 6, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 0), (torch.bfloat16, 0.05)):
+        at = x.to(dtype).requires_grad_()
+        model.to(dtype)
+        slope = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        wanted = model(at)
+        [wanted_slope] = torch.autograd.grad(wanted, at, slope)
+        with fused_activations(model):
+            assert type(model[0]) is not kind
+            got = model(at)
+            [got_slope] = torch.autograd.grad(got, at, slope)
+        assert type(model[0]) is kind
+        assert torch.equal(got, wanted)
+        torch.testing.assert_close(got_slope, wanted_slope, rtol=tolerance, atol=tolerance)
+
+
+def test_the_slope_of_normalised_rows_is_that_of_differences():
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: _RMSNormalised.apply(x, weight, 1e-3), x)
+
+
+def test_weights_that_train_are_refused():
+    weight = torch.ones(5, requires_grad=True)
+    with pytest.raises(ValueError, match="freeze"):
+        _RMSNormalised.apply(torch.ones(2, 5), weight, 1e-3)
+
+
+def test_a_norm_that_moves_its_inputs_between_devices_stays():
+    model = nn.Sequential(LlamaRMSNorm(4))
+    model[0]._hf_hook = object()
+    with fused_activations(model):
+        assert isinstance(model[0], LlamaRMSNorm)
+
+
+def test_a_pass_over_a_llama_tells_what_the_written_out_one_tells():
+    model, batch = models.llama(num_layers=2).float(), models.batch(models.corpus())
+    layers = models.attributed(model)
+    ios = run_pass(model, layers, batch, training_loss)
+    with capture(model, layers) as captured:
+        wanted = captured.backward(training_loss(forward(model, batch), batch).sum())
+    for name, io in ios.items():
+        torch.testing.assert_close(io.a, wanted[name].a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(io.ds, wanted[name].ds, rtol=1e-5, atol=1e-6)
 
 
 def test_a_pass_uses_it_and_tells_what_the_written_out_one_tells():
