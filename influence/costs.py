@@ -115,10 +115,11 @@ def factor_flop(model: ModelShape) -> Number:
     """Of one token: its products for A and S, of which blocks below the diagonal are left out."""
     inputs = {layer.input_group: (layer, layer.d_in) for layer in model.layers}
     both = [*inputs.values(), *((layer, layer.d_out) for layer in model.layers)]
-    return sum(2 * model.share(layer) * _upper(size) for layer, size in both)
+    return sum(2 * model.share(layer) * num_upper(size) for layer, size in both)
 
 
-def _upper(size: int) -> int:
+def num_upper(size: int) -> int:
+    """Numbers of a sum of one side's products, of which half is kept (`UpperMoment`)."""
     if size < 2 * BLOCK:
         return size**2
     starts = range(0, size, BLOCK)
@@ -247,7 +248,7 @@ def subspace_flop(layer: Layer, num_queries: int, rank: int | None, columns: int
         if columns < width:
             once = width if by_gram else 2 * length
             total += times * 2 * once * width * searched + 4 * width * searched**2
-            total += 2 * length * _upper(width) * by_gram
+            total += 2 * length * num_upper(width) * by_gram
     return total
 
 

@@ -7,6 +7,7 @@ as many whole passes. The numbers do not depend on the groups: no layer looks at
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from influence import costs
 from influence.layers import Layer, layer_groups
 from tasks.attributed import PassReference
 from tasks.budget import free_bytes
@@ -15,34 +16,32 @@ from tasks.precision import devices_of
 from tasks.shards import ShardRef
 from tasks.workspace import StageContext
 
-SUM = 12  # bytes of a number that is summed: float32 as it grows, float64 in the end
+SUM = 12  # bytes of a number that is summed: float32 as it grows, float64 what has gathered
+WHOLE = 8  # and in the end
 BASIS = 4  # bytes of a number of an eigenvector, as passes read it
 EIGEN = 8  # and as it is found
 SHARE = 0.25  # of the memory that is free; the passes themselves want some too
 
 
 def factor_bytes(layers: Sequence[Layer]) -> int:
-    """Of the sums A, one an input, and S."""
-    inputs = {layer.input_group: layer.d_in for layer in layers}
-    widths = [*inputs.values(), *(layer.d_out for layer in layers)]
-    return SUM * sum(width**2 for width in widths)
+    """Of the sums A, one an input, and S: half of each as it grows, the whole in the end."""
+    return sum(max(SUM * costs.num_upper(width), WHOLE * width**2) for width in costs.sides(layers))
 
 
 def spectrum_bytes(layers: Sequence[Layer]) -> int:
     """Of the sums Λ and the eigenvectors that they are taken in."""
-    numbers = sum(layer.d_in * layer.d_out for layer in layers)
-    return SUM * numbers + BASIS * factor_bytes(layers) // SUM
+    return SUM * costs.num_weights(layers) + BASIS * costs.num_covariances(layers)
 
 
 def solved_bytes(layers: Sequence[Layer], num_queries: int, itemsize: int) -> int:
     """Of queries at full rank: dense, and while they are solved as two factors."""
-    numbers = sum(layer.d_in * layer.d_out for layer in layers)
+    numbers = costs.num_weights(layers)
     return num_queries * itemsize * (numbers + _low_rank_numbers(layers, None))
 
 
 def half_bytes(layers: Sequence[Layer], num_queries: int, rank: int | None, itemsize: int) -> int:
     """Of a fit from the sums to the queries, all of which `validate` holds of half of the data."""
-    eigenvectors = EIGEN * factor_bytes(layers) // SUM
+    eigenvectors = EIGEN * costs.num_covariances(layers)
     prepared = num_queries * itemsize * _low_rank_numbers(layers, rank)
     return factor_bytes(layers) + eigenvectors + spectrum_bytes(layers) + 2 * prepared
 
