@@ -20,6 +20,7 @@ from benchmarks import clock, models, scale, table
 from benchmarks.phases import PHASES, WAITING, Setting, disk_mib, ours, shared_lost, unit
 
 PEER = "peer: "
+WARM_UP_TOKENS = 2**14  # beside more, what is made at first use costs little
 PROCESSES = 3  # whose peak memory is asked
 WAITS = ("stream 64", "stream 1024")  # whose gradients wait for many queries
 PEERS = {  # and the phases that each has
@@ -76,7 +77,7 @@ def measured(setting: Setting, given: argparse.Namespace) -> Iterator[dict[str, 
     if peer is not None:
         works |= {f"{PEER}{name}": work for name, work in peer.works(names).items()}
     found = clock.ratios(
-        unit(setting), works, given.repeats,
+        unit(setting), works, given.repeats, warm_up=setting.num_tokens <= WARM_UP_TOKENS,
         told=lambda name, ratio: print(f"{name}: {ratio:.3f}", file=sys.stderr, flush=True),
     )  # fmt: skip
     for name in names:

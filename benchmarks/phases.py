@@ -32,7 +32,7 @@ from tasks.spectra import write_spectra
 RANK = 32
 DAMPING = RelativeDamping(0.1)
 QUERY_LENGTH = 128
-UNIT_TOKENS = 2**14  # that the unit goes through, of a larger corpus
+UNIT_TOKENS = 2**12  # that the unit goes through, of a larger corpus
 WAITING = 2  # GiB
 SHARED = 256  # columns of the subspace that many queries share
 

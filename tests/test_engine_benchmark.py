@@ -9,18 +9,19 @@ import time
 import pytest
 import torch
 
-from benchmarks import clock, engine, forms, growth, models, scale, table
+from benchmarks import clock, engine, forms, growth, models, phases, scale, table
 from benchmarks.phases import PHASES, Setting, ours, unit
+from influence.streaming import stream
 from tests.conftest import ROOT
 
 SMALL = ["--model", "S", "--length", "12", "--sequences", "2", "--queries", "2", "--repeats", "2"]
 
 
 def test_every_phase_prints_a_line_with_its_ratio(capsys):
-    phases = ["factors", "lambda", "self", "query", "stream 8", "tokens 8"]
-    engine.main([*SMALL, *(part for name in phases for part in ("--phase", name))])
+    names = ["factors", "lambda", "self", "query", "stream 8", "tokens 8"]
+    engine.main([*SMALL, *(part for name in names for part in ("--phase", name))])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["phase"] for line in lines] == phases
+    assert [line["phase"] for line in lines] == names
     for line in lines:
         assert 0 < line["fb_low"] <= line["fb"] <= line["fb_high"]
         assert (line["model"], line["length"], line["repeats"]) == ("S", 12, 2)
@@ -29,8 +30,8 @@ def test_every_phase_prints_a_line_with_its_ratio(capsys):
 def test_memory_alone_takes_no_times(capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(engine, "_memory", lambda given, name: asked.append(name) or 7.0)
-    phases = ["--phase", "tokens 8", "--phase", "stream 8"]
-    engine.main([*SMALL, "--repeats", "0", "--memory", "--peer", "kronfluence", *phases])
+    these = ["--phase", "tokens 8", "--phase", "stream 8"]
+    engine.main([*SMALL, "--repeats", "0", "--memory", "--peer", "kronfluence", *these])
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     # The peer has no token scores.
     assert asked == ["tokens 8", "stream 8", "peer: kronfluence: stream 8"]
@@ -101,6 +102,34 @@ def test_the_unit_is_a_training_step_with_all_weight_gradients():
     unit(setting).call()
     assert seen
     assert all(seen.values())
+
+
+def test_the_unit_goes_through_a_part_of_a_large_corpus(monkeypatch):
+    setting = Setting(models.SHAPES["S"], 12, 6, tokens_per_batch=24)
+    assert unit(setting).num_tokens == 72
+    monkeypatch.setattr(phases, "UNIT_TOKENS", 50)
+    part = unit(setting)
+    assert part.num_tokens == 48
+    passed = []
+    setting.model.register_forward_pre_hook(lambda _, args: passed.append(args[0].numel()))
+    part.call()
+    assert passed == [24, 24]
+
+
+def test_how_much_may_wait_for_many_queries_is_passed_on_and_told(capsys, monkeypatch):
+    given = []
+
+    def watched(model, layers, prepared, batches, memory):
+        given.append(memory)
+        return stream(model, layers, prepared, batches, memory)
+
+    monkeypatch.setattr(phases, "stream", watched)
+    for more in ([], ["--waiting", "3"]):
+        engine.main([*SMALL, "--phase", "stream 8", "--phase", "stream 64", *more])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert set(given) == {2 * 2**30, 3 * 2**30}
+    assert [line.get("waiting_gib") for line in lines] == [None, None, None, 3]
+    assert table._phase(lines[-1]) == table.TOLD["stream 64"] + ", 3 GiB of gradients waiting"
 
 
 def test_models_are_the_same_every_time_and_of_the_stated_size():
