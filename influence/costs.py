@@ -16,7 +16,7 @@ from influence.contraction import forms_gradients
 from influence.eigenbasis import EigenBasis
 from influence.layers import Layer
 from influence.lowrank import ITERATIONS, SPARE, LowRank
-from influence.sums import BLOCK
+from influence.sums import num_upper
 
 Number = int | float  # whole or an average
 Length = Callable[[Layer], Number]  # tokens of a sequence that a layer sees; an expert sees some
@@ -116,14 +116,6 @@ def factor_flop(model: ModelShape) -> Number:
     inputs = {layer.input_group: (layer, layer.d_in) for layer in model.layers}
     both = [*inputs.values(), *((layer, layer.d_out) for layer in model.layers)]
     return sum(2 * model.share(layer) * num_upper(size) for layer, size in both)
-
-
-def num_upper(size: int) -> int:
-    """Numbers of a sum of one side's products, of which half is kept (`UpperMoment`)."""
-    if size < 2 * BLOCK:
-        return size**2
-    starts = range(0, size, BLOCK)
-    return sum((min(start + BLOCK, size) - start) * (size - start) for start in starts)
 
 
 def rotation_flop(layer: Layer, length: Number) -> Number:

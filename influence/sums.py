@@ -104,6 +104,11 @@ class UpperMoment:
             into[below, rows] = upper[:, size:].mT
 
 
+def num_upper(width: int) -> int:
+    """Numbers that an `UpperMoment` keeps, and products that a row of x takes."""
+    return sum((rows.stop - rows.start) * (width - rows.start) for rows in _blocks(width))
+
+
 def _blocks(width: int) -> list[slice]:
     size = BLOCK if width >= 2 * BLOCK else width
     return [slice(start, min(start + size, width)) for start in range(0, width, size)]

@@ -7,8 +7,8 @@ as many whole passes. The numbers do not depend on the groups: no layer looks at
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from influence import costs
 from influence.layers import Layer, layer_groups
+from influence.sums import num_upper
 from tasks.attributed import PassReference
 from tasks.budget import free_bytes
 from tasks.params import Runtime
@@ -25,25 +25,38 @@ SHARE = 0.25  # of the memory that is free; the passes themselves want some too
 
 def factor_bytes(layers: Sequence[Layer]) -> int:
     """Of the sums A, one an input, and S: half of each as it grows, the whole in the end."""
-    return sum(max(SUM * costs.num_upper(width), WHOLE * width**2) for width in costs.sides(layers))
+    return sum(max(SUM * num_upper(width), WHOLE * width**2) for width in _widths(layers))
 
 
 def spectrum_bytes(layers: Sequence[Layer]) -> int:
     """Of the sums Λ and the eigenvectors that they are taken in."""
-    return SUM * costs.num_weights(layers) + BASIS * costs.num_covariances(layers)
+    return SUM * _num_weights(layers) + BASIS * _num_squares(layers)
 
 
 def solved_bytes(layers: Sequence[Layer], num_queries: int, itemsize: int) -> int:
     """Of queries at full rank: dense, and while they are solved as two factors."""
-    numbers = costs.num_weights(layers)
+    numbers = _num_weights(layers)
     return num_queries * itemsize * (numbers + _low_rank_numbers(layers, None))
 
 
 def half_bytes(layers: Sequence[Layer], num_queries: int, rank: int | None, itemsize: int) -> int:
     """Of a fit from the sums to the queries, all of which `validate` holds of half of the data."""
-    eigenvectors = EIGEN * costs.num_covariances(layers)
+    eigenvectors = EIGEN * _num_squares(layers)
     prepared = num_queries * itemsize * _low_rank_numbers(layers, rank)
     return factor_bytes(layers) + eigenvectors + spectrum_bytes(layers) + 2 * prepared
+
+
+def _widths(layers: Sequence[Layer]) -> list[int]:
+    inputs = {layer.input_group: layer.d_in for layer in layers}
+    return [*inputs.values(), *(layer.d_out for layer in layers)]
+
+
+def _num_squares(layers: Sequence[Layer]) -> int:
+    return sum(width**2 for width in _widths(layers))
+
+
+def _num_weights(layers: Sequence[Layer]) -> int:
+    return sum(layer.d_in * layer.d_out for layer in layers)
 
 
 def _low_rank_numbers(layers: Sequence[Layer], rank: int | None) -> int:
