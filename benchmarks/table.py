@@ -120,12 +120,12 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
     parts = []
     for name, lines in runs.items():
         about = lines[0]
-        peer = _first(lines, "peer", PEER)
+        peer, repeats = _first(lines, "peer", PEER), _first(lines, "repeats", 0)
         parts += [
             f"### {name}",
             "",
             f"{about['machine']}, {about['threads']} thread; medians of "
-            f"{_first(lines, 'repeats', 0)} interleaved repeats [smallest, largest].",
+            f"{repeats} interleaved repeats [smallest, largest].",
             "",
             f"| phase | sequences | fb a token | {peer} | ours ÷ {peer} "
             "| peak above the model, MiB |",
@@ -136,7 +136,7 @@ def render(runs: Mapping[str, Sequence[Line]]) -> str:
             agreement |= line.get("agreement", {})
             if "phase" in line:
                 cells = [
-                    _phase(line), str(line["sequences"]),
+                    _phase(line, repeats), str(line["sequences"]),
                     *(_cell(line, key) for key in ("fb", "peer_fb", "over_peer")), _memory(line),
                 ]  # fmt: skip
                 parts.append(f"| {' | '.join(cells)} |")
@@ -166,9 +166,14 @@ def _first(lines: Sequence[Line], key: str, default: Any) -> Any:
     return next((line[key] for line in lines if key in line), default)
 
 
-def _phase(line: Line) -> str:
-    waiting = line.get("waiting_gib")
-    return TOLD[line["phase"]] + (f", {waiting} GiB of gradients waiting" if waiting else "")
+def _phase(line: Line, repeats: int) -> str:
+    """In words, and what of it is not as in the other lines."""
+    told = TOLD[line["phase"]]
+    if waiting := line.get("waiting_gib"):
+        told += f", {waiting} GiB of gradients waiting"
+    if (own := line.get("repeats", repeats)) != repeats:
+        told += f"; {own} repeats"
+    return told
 
 
 def _cell(line: Line, key: str) -> str:

@@ -129,7 +129,9 @@ def test_how_much_may_wait_for_many_queries_is_passed_on_and_told(capsys, monkey
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert set(given) == {2 * 2**30, 3 * 2**30}
     assert [line.get("waiting_gib") for line in lines] == [None, None, None, 3]
-    assert table._phase(lines[-1]) == table.TOLD["stream 64"] + ", 3 GiB of gradients waiting"
+    told = table.TOLD["stream 64"] + ", 3 GiB of gradients waiting"
+    assert table._phase(lines[-1], repeats=2) == told
+    assert table._phase(lines[-1], repeats=5) == told + "; 2 repeats"
 
 
 def test_models_are_the_same_every_time_and_of_the_stated_size():
