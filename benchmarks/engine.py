@@ -131,13 +131,13 @@ def _peaks(given: argparse.Namespace, name: str) -> dict[str, float | None]:
 
 
 def _memory(given: argparse.Namespace, name: str) -> float | None:
-    """The peak of one phase, each in a process of its own, of which the middle one is taken: what
-    the allocator leaves unused between what it gives out differs by a tenth."""
+    """The middle one of several peaks of a phase, each of a process of its own: what the allocator
+    leaves unused between what it gives out differs by a tenth."""
     command = [
         sys.executable, "-m", "benchmarks.engine", "--memory-of", name, "--model", given.model,
         "--length", str(given.length), "--sequences", str(given.sequences),
         "--threads", str(given.threads), "--queries", str(given.queries),
-        "--batch", str(given.batch), "--layers", *given.layers,
+        "--batch", str(given.batch), "--waiting", str(given.waiting), "--layers", *given.layers,
     ]  # fmt: skip
     peaks = []
     for _ in range(PROCESSES):

@@ -11,6 +11,8 @@ import torch
 
 from benchmarks import clock, engine, forms, growth, models, phases, scale, table
 from benchmarks.phases import PHASES, Setting, ours, unit
+from influence.objectives import training_loss
+from influence.sequences import TokenBatch
 from influence.streaming import stream
 from tests.conftest import ROOT
 
@@ -132,6 +134,33 @@ def test_how_much_may_wait_for_many_queries_is_passed_on_and_told(capsys, monkey
     told = table.TOLD["stream 64"] + ", 3 GiB of gradients waiting"
     assert table._phase(lines[-1], repeats=2) == told
     assert table._phase(lines[-1], repeats=5) == told + "; 2 repeats"
+
+
+def test_a_peak_is_the_middle_one_of_processes_that_are_given_the_same_setting(monkeypatch, capsys):
+    commands, peaks = [], iter([9.0, 2.0, 5.0])
+
+    def ran(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"peak_mib": next(peaks)}))
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    given = [*SMALL, "--repeats", "0", "--memory", "--phase", "stream 64", "--waiting", "3"]
+    engine.main(given)
+    [line] = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert line["peak_mib"] == 5.0
+    for command in commands:
+        assert command[command.index("--waiting") + 1] == "3"
+        assert command[command.index("--sequences") + 1] == "2"
+
+
+def test_the_loss_of_the_unit_and_the_peers_is_that_of_our_passes():
+    tokens = models.sequences(3, 6, seed=0)
+    supervised = torch.ones(3, 6, dtype=torch.bool)
+    supervised[:, 0] = supervised[1, 2:4] = False
+    batch = TokenBatch(tokens.ids, tokens.tokens, supervised)
+    logits = torch.randn(3, 6, models.VOCABULARY, dtype=torch.float64)
+    wanted = training_loss(logits, batch)
+    torch.testing.assert_close(models.torchs_loss(logits, batch, batch.targets), wanted)
 
 
 def test_models_are_the_same_every_time_and_of_the_stated_size():
