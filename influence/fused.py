@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from influence.rowblocks import row_blocks
+
 # By name: this package does not know transformers.
 WRITTEN_OUT = {
     ("transformers.activations", "NewGELUActivation"),
@@ -29,8 +31,9 @@ RMS_NORMS = {
         "smollm3": "SmolLM3",
     }.items()
 }  # fmt: skip
-# Numbers of a block of rows, which the fastest of the large caches holds a few times.
-CACHED, CACHED_BY_GPU = 2**16, 2**26
+CACHED = (
+    2**16
+)  # numbers of a block of rows, which the fastest of the large caches holds a few times
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class _RMSNormalised(torch.autograd.Function):
             raise ValueError("the gradient of RMSNorm's weight is not told here; freeze the model")
         output = torch.empty_like(x)
         scale = x.new_empty(len(x), 1, dtype=torch.promote_types(x.dtype, torch.float32))
-        for rows in _blocks(x):
+        for rows in row_blocks(x, CACHED):
             wide = x[rows].to(scale.dtype)
             scale[rows] = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
             torch.mul((wide * scale[rows]).to(x.dtype), weight, out=output[rows])
@@ -110,18 +113,12 @@ class _RMSNormalised(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         [slope] = slopes
         gradient = torch.empty_like(x)
-        for rows in _blocks(x):
+        for rows in row_blocks(x, CACHED):
             wide, factor = x[rows].to(scale.dtype), scale[rows]
             inner = (slope[rows] * weight).to(scale.dtype).mul_(factor)
             along = (inner * wide).mean(dim=-1, keepdim=True).mul_(factor.square())
             gradient[rows] = inner.addcmul_(wide, along, value=-1)
         return gradient, None, None
-
-
-def _blocks(x: Float[Tensor, "m d"]) -> list[slice]:
-    numbers = CACHED if x.device.type == "cpu" else CACHED_BY_GPU
-    size = max(1, numbers // x.shape[1])
-    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _replacement(module: nn.Module) -> nn.Module | None:
@@ -135,7 +132,7 @@ def _replacement(module: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def fused_activations(model: nn.Module) -> Iterator[None]:
+def fused_modules(model: nn.Module) -> Iterator[None]:
     """Replace them inside the block; they are put back when it ends, also by an exception."""
     replaced = [
         (parent, name, child, replacement)

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from influence.rowblocks import row_blocks
+
 NO_TARGET = -100  # instead of a class: a row without a loss; PyTorch's own number for it
 CLASSES = 64  # of a block, of which a draw sees the sum first
 # Numbers of a block of rows: what is made of logits is as large as they are, and of one block it
 # stays in the cache.
-CACHED, CACHED_BY_GPU = 2**18, 2**26
+CACHED = 2**18
 
 
 @runtime_checkable
@@ -60,7 +62,12 @@ class Softmax:
 
     def sample(self, outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Tensor:
         """A class for each row."""
-        return torch.cat([_classes(outputs[rows], uniform[rows]) for rows in _blocks(outputs)])
+        drawn = []
+        for rows in row_blocks(outputs, CACHED):
+            logits = wide(outputs[rows])
+            weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
+            drawn.append(classes(weights, uniform[rows]))
+        return torch.cat(drawn)
 
     def num_uniforms(self, num_outputs: int) -> int:
         """One, however many classes."""
@@ -126,9 +133,9 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.cat(
             [
                 nn.functional.cross_entropy(
-                    _wide(logits[rows]), targets[rows], reduction="none", ignore_index=NO_TARGET
+                    wide(logits[rows]), targets[rows], reduction="none", ignore_index=NO_TARGET
                 )
-                for rows in _blocks(logits)
+                for rows in row_blocks(logits, CACHED)
             ]
         )
 
@@ -144,37 +151,31 @@ class _CrossEntropy(torch.autograd.Function):
         target = targets.clamp(min=0).unsqueeze(1)
         any_in_a_batch = logits[:, :1] + slope  # under vmap; what is written to must be so too
         gradient = any_in_a_batch.new_empty(logits.shape, dtype=logits.dtype)
-        for rows in _blocks(logits):
-            p = _wide(logits[rows]).softmax(dim=-1)
+        for rows in row_blocks(logits, CACHED):
+            p = wide(logits[rows]).softmax(dim=-1)
             excess = p.scatter_add(1, target[rows], -torch.ones_like(p[:, :1]))
             gradient[rows] = excess * slope[rows]
         return gradient, None
 
 
-def _wide(x: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+def wide(x: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+    """In float32 at least, for what is summed over classes."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _blocks(outputs: Float[Tensor, "m c"]) -> list[slice]:
-    """Rows, as many at a time as the cache holds."""
-    numbers = CACHED if outputs.device.type == "cpu" else CACHED_BY_GPU
-    size = max(1, numbers // outputs.shape[1])
-    return [slice(start, start + size) for start in range(0, max(1, len(outputs)), size)]
-
-
-def _classes(outputs: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Int[Tensor, " m"]:
+def classes(weights: Float[Tensor, "m c"], uniform: Float64[Tensor, "m k"]) -> Int[Tensor, " m"]:
+    """A class for each row, in proportion to weights that need not sum to 1."""
     # Inverse transform with sums in float64: rounding must not move a draw over a boundary.
     # First a block of classes is drawn and then a class of it, so that not every class is
     # turned into float64.
-    outputs = _wide(outputs)
-    weights = (outputs - outputs.amax(dim=-1, keepdim=True)).exp_()
+    num_classes = weights.shape[-1]
     if missing := -weights.shape[-1] % CLASSES:
         weights = nn.functional.pad(weights, (0, missing))
     blocks = weights.unflatten(-1, (-1, CLASSES))
     block, within = _draw(blocks.sum(dim=-1), uniform[:, :1])
     inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, CLASSES))[:, 0]
     drawn = block * CLASSES + _draw(inside, within)[0]
-    return drawn.squeeze(-1).clamp(max=outputs.shape[-1] - 1)
+    return drawn.squeeze(-1).clamp(max=num_classes - 1)
 
 
 def _draw(

@@ -12,6 +12,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from influence.examples import Batch
+from influence.outputhead import HeadSoftmax
 from influence.sequences import TokenBatch
 
 
@@ -39,15 +40,35 @@ def log_probability(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tens
     return -_loss(outputs, batch, batch.targets)
 
 
-def _loss(outputs: Tensor, batch: Any, labels: Tensor) -> Float[Tensor, " n"]:
+def sampled_loss(outputs: Float[Tensor, "n ..."], batch: Batch, seed: int) -> Float[Tensor, " n"]:
+    """`pseudo_loss` with the labels of `sample_labels`; without logits, both in one go."""
+    if not isinstance(batch.likelihood, HeadSoftmax):
+        return pseudo_loss(outputs, batch, sample_labels(outputs, batch, seed))
+    assert isinstance(batch, TokenBatch)
+    uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])
+    if batch.most_carry_loss:
+        uniform = _following(uniform)
+    else:
+        uniform = batch.row_labels(uniform).unsqueeze(-1)
+    return _loss(outputs, batch, batch.targets, uniform)
+
+
+def _loss(
+    outputs: Tensor, batch: Any, labels: Tensor, *uniform: Float64[Tensor, "m 1"]
+) -> Float[Tensor, " n"]:
     if isinstance(batch, TokenBatch) and batch.most_carry_loss:
         rows, targets = outputs.flatten(0, 1), batch.position_labels(labels).flatten()
         owners = torch.arange(len(batch.ids), device=rows.device)
         owners = owners.repeat_interleave(outputs.shape[1])
     else:
         rows, targets, owners = batch.rows(outputs), batch.row_labels(labels), batch.owners
-    losses = batch.likelihood.loss(rows, targets)
+    losses = batch.likelihood.loss(rows, targets, *uniform)
     return losses.new_zeros(len(batch.ids)).index_add(0, owners, losses)
+
+
+def _following(uniform: Float64[Tensor, "n t"]) -> Float64[Tensor, "m 1"]:
+    """Of every position, the uniform of the token that it predicts; of the last, any."""
+    return nn.functional.pad(uniform[:, 1:], (0, 1)).reshape(-1, 1)
 
 
 @torch.no_grad()
@@ -74,8 +95,7 @@ def _sample_tokens(
         chosen = batch.row_labels(uniform).unsqueeze(-1)
         return batch.with_row_labels(batch.likelihood.sample(batch.rows(outputs), chosen))
     # A draw for every position, of which those that carry no loss are not used.
-    following = nn.functional.pad(uniform[:, 1:], (0, 1))
-    drawn = batch.likelihood.sample(outputs.flatten(0, 1), following.reshape(-1, 1))
+    drawn = batch.likelihood.sample(outputs.flatten(0, 1), _following(uniform))
     labels = nn.functional.pad(drawn.view_as(batch.tokens)[:, :-1], (1, 0))
     return labels.where(batch.supervised, batch.tokens)
 

@@ -1,15 +1,17 @@
 """One forward and backward over a batch, down to each layer's inputs and output gradients."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.capture import LayerIO, NonFiniteError, OnInput, capture
 from influence.examples import Batch
-from influence.fused import fused_activations
+from influence.fused import fused_modules
 from influence.layers import Layer
-from influence.objectives import forward, pseudo_loss, sample_labels
+from influence.objectives import forward, sampled_loss
+from influence.outputhead import HeadIsNotLastError, without_head
 
 Objective = Callable[[Float[Tensor, "n ..."], Batch], Float[Tensor, " n"]]
 
@@ -63,10 +65,35 @@ def run_pass(
     Raises:
         NonFiniteSequenceError: if an activation is NaN or infinite.
     """
-    with fused_activations(model), capture(model, layers, on_input) as captured:
+    try:
+        return _run(model, layers, batch, objective, on_input)
+    except HeadIsNotLastError:  # which this model is known for now; of its inputs all was told
+        heard = None if on_input is None else _ignore
+        return _run(model, layers, batch, objective, heard)
+
+
+def _ignore(_layer: Layer, _a: Float[Tensor, "n t i"]) -> None:
+    pass
+
+
+def _run(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    objective: Objective,
+    on_input: OnInput | None,
+) -> dict[str, LayerIO]:
+    with (
+        fused_modules(model),
+        without_head(model, [layer.module for layer in layers]) as headless,
+        capture(model, layers, on_input) as captured,
+    ):
         outputs = forward(model, batch)
+        if headless is not None:
+            headless.check(outputs)
+            batch = replace(batch, likelihood=headless.likelihood)
         values = objective(outputs, batch.to(outputs.device))
-        del outputs  # logits are the largest of all, and the way back needs only their gradient
+        del outputs  # where they are logits, the largest of all, and no longer needed
         try:
             return captured.backward(values.sum())
         except NonFiniteError as error:
@@ -88,6 +115,6 @@ def pseudo_gradients(
     """`LayerIO` whose `ds` are pseudo-gradients: labels sampled from the model (Eq. 13)."""
 
     def objective(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tensor, " n"]:
-        return pseudo_loss(outputs, batch, sample_labels(outputs, batch, seed))
+        return sampled_loss(outputs, batch, seed)
 
     return run_pass(model, layers, batch, objective, on_input)

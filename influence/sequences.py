@@ -1,8 +1,7 @@
 """Batches of token sequences, and how sequences are grouped into them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -21,6 +20,8 @@ class TokenBatch:
         ids: a stable key for each sequence, independent of batch, shard and order.
         tokens: token ids, padded on the right with any valid token.
         supervised: ``supervised[n, t]``: token t is a target, with loss −log p(token_t | earlier).
+        likelihood: how outputs speak of targets. They are logits, unless the model was called
+            without its output head, which then is part of the likelihood.
 
     Raises:
         ValueError: if a first token is supervised, since nothing predicts it.
@@ -30,7 +31,7 @@ class TokenBatch:
     tokens: Int[Tensor, "n t"]
     supervised: Bool[Tensor, "n t"]
 
-    likelihood: ClassVar[Likelihood] = Softmax()
+    likelihood: Likelihood = field(default_factory=Softmax)
 
     def __post_init__(self) -> None:
         if self.supervised[:, :1].any():
@@ -78,11 +79,15 @@ class TokenBatch:
     def most_carry_loss(self) -> bool:
         """Whether to take the loss of every position is cheaper than to leave some out first.
 
-        Leaving out copies the rows of outputs, and their gradients on the way back, which costs
-        about as much as their loss. On a GPU the answer is always yes: to count makes it wait.
+        Leaving out copies the rows of outputs, and their gradients on the way back, which of logits
+        costs about as much as their loss; rows of anything else are copied for as little as their
+        products with some hundredths of the head. On a GPU the answer is always yes: to count makes
+        it wait.
         """
-        on_cpu = self.supervised.device.type == "cpu"
-        return not on_cpu or 2 * self.num_supervised >= self.supervised.numel()
+        if self.supervised.device.type != "cpu":
+            return True
+        most = 1 / 2 if isinstance(self.likelihood, Softmax) else 15 / 16
+        return self.num_supervised >= most * self.supervised.numel()
 
     def position_labels(self, labels: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
         """The label that each position predicts; `NO_TARGET` at those that carry no loss."""
@@ -108,7 +113,12 @@ class TokenBatch:
 
     def select(self, places: Int[Tensor, " k"]) -> "TokenBatch":
         """Some of the sequences, in the order given."""
-        return TokenBatch(self.ids[places], self.tokens[places], self.supervised[places])
+        return replace(
+            self,
+            ids=self.ids[places],
+            tokens=self.tokens[places],
+            supervised=self.supervised[places],
+        )
 
     @property
     def num_supervised(self) -> int:
@@ -122,7 +132,8 @@ class TokenBatch:
         here = (self.ids, self.tokens, self.supervised)
         if torch.device(device).type == "cuda" and self.ids.device.type == "cpu":
             here = tuple(tensor.pin_memory() for tensor in here)
-        return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in here))
+        ids, tokens, supervised = (tensor.to(device, non_blocking=True) for tensor in here)
+        return replace(self, ids=ids, tokens=tokens, supervised=supervised)
 
 
 def batches_by_tokens(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -28,7 +28,7 @@ DIRECTION = {
 INFLUENCE_MAY_IMPORT = {
     "influence", "torch", "einops", "jaxtyping",
     "collections", "contextlib", "dataclasses", "fnmatch", "functools", "math",
-    "operator", "typing",
+    "operator", "typing", "weakref",
 }  # fmt: skip
 
 # Third-party tool → the files that may import it. What is not listed may be imported nowhere.

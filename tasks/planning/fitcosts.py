@@ -28,7 +28,7 @@ def training_cost(planned: Planned) -> StageCost:
     sequences = told.steps * told.batch
     tokens = planned.sizes.corpus.num_tokens  # all read and tokenised before the first step
     longest = length if planned.params.tokenize.mode == "pack" else planned.params.tokenize.context
-    held = told.batch * longest * planned.sizes.model.pass_bytes(4)
+    held = told.batch * longest * planned.sizes.model.training_bytes
     held += WRITTEN * tokens + ENCODED * min(tokens, TOGETHER)
     return planned.cost(
         "train",

@@ -11,14 +11,18 @@ from torch.utils.hooks import RemovableHandle
 
 from influence.costs import ModelShape
 from influence.experts import Experts, separate_experts
-from influence.layers import find_layers, is_linear, share_inputs
+from influence.layers import Layer, find_layers, is_linear, share_inputs
+from influence.outputhead import PRODUCT, HeadIsNotLastError, without_head
+from influence.rowblocks import BY_GPU
 from tasks.adapters import add_shapes
 from tasks.checkpoints import cached_snapshot, read_reference
 from tasks.models import CausalLM, Unmasked, vocabulary_size, without_weights
 from tasks.origin import AdapterCheckpoint, Architecture, FineTuned, HubCheckpoint, Scratch
 from tasks.params import RunParams
 
-LOGITS = 4  # tensors of logits at once: themselves, their log-softmax, and the gradients of both
+# Tensors of logits at once. In training: themselves, their log-softmax, and the gradients of both.
+LOGITS, TRAINING_LOGITS = 2, 4
+IN_BLOCK = 4  # tensors of float32 that a block of logits is, where they are made in blocks
 NUMBER = 4  # bytes of a number of the pass that is probed
 
 
@@ -29,6 +33,7 @@ class ModelSizes:
     Attributes:
         shape: for the arithmetic of costs.
         held: numbers that a pass holds for a token besides the logits.
+        makes_logits: whether it holds those at all (`influence/outputhead.py`).
         context: the longest sequence it reads; None: no limit.
         folder: of the checkpoint; None where it is still to be trained.
         adapter: of a LoRA adapter beside it, if there is one.
@@ -36,13 +41,25 @@ class ModelSizes:
 
     shape: ModelShape
     held: float
+    makes_logits: bool
     context: int | None
     folder: Path | None
     adapter: Path | None = None
 
     def pass_bytes(self, itemsize: int) -> float:
         """What a pass holds for a token, with numbers of so many bytes; losses are float32."""
-        return self.held * itemsize + LOGITS * self.shape.vocabulary * max(4, itemsize)
+        logits = LOGITS * self.shape.vocabulary if self.makes_logits else 0
+        return self.held * itemsize + logits * max(4, itemsize)
+
+    def block_bytes(self, on_gpu: bool) -> int:
+        """What a pass holds of logits that are made in blocks, however long its batch."""
+        block = BY_GPU if on_gpu else PRODUCT
+        return 0 if self.makes_logits else IN_BLOCK * 4 * block
+
+    @property
+    def training_bytes(self) -> float:
+        """What a step of training in float32 holds for a token."""
+        return 4 * (self.held + TRAINING_LOGITS * self.shape.vocabulary)
 
 
 def model_folders(params: RunParams, root: Path, train: Path) -> tuple[Path | None, Path | None]:
@@ -88,7 +105,7 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
     # So many that each expert gets as many as any other.
     experts = [1, *(each.num_experts for each in model.modules() if isinstance(each, Experts))]
     tokens = torch.zeros(1, length + -length % max(experts), dtype=torch.int64, device="meta")
-    watched = Watched(model)
+    watched = Watched(model, layers)
     try:
         layers = share_inputs(watched, layers, tokens)
     except (RuntimeError, NotImplementedError) as error:
@@ -111,7 +128,20 @@ def model_sizes(params: RunParams, root: Path, train: Path, length: int) -> Mode
     )
     # Kept for the backward, and as much again for gradients on their way (tasks/budget.py).
     context = getattr(config, "max_position_embeddings", None)
-    return ModelSizes(shape, 2 * watched.kept, context, folder, adapter)
+    makes_logits = _makes_logits(model, layers, tokens)
+    return ModelSizes(shape, 2 * watched.kept, makes_logits, context, folder, adapter)
+
+
+def _makes_logits(model: CausalLM, layers: Sequence[Layer], tokens: Tensor) -> bool:
+    attributed = [layer.module for layer in layers]
+    with torch.no_grad(), without_head(model, attributed) as headless:
+        if headless is None:
+            return True
+        try:
+            headless.check(Unmasked(model)(tokens).logits)
+        except HeadIsNotLastError:
+            return True
+    return False
 
 
 def _shapes(params: RunParams, folder: Path | None, adapter: Path | None) -> CausalLM:
@@ -142,6 +172,8 @@ def _weight(module: nn.Module) -> Tensor:
 class Watched(nn.Module):
     """A model on the device `meta`, and what its last pass would do and keep elsewhere.
 
+    As in a pass (`influence.capture`), gradients begin at the outputs of the lowest layers.
+
     Attributes:
         shares: tokens that are multiplied with a matrix ÷ all, by the name of its module.
         kept: numbers a token that autograd keeps. Fused attention keeps no table of positions by
@@ -149,9 +181,9 @@ class Watched(nn.Module):
             own is not fused either.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._layers = model, layers
         self.shares: dict[str, float] = {}
         self.kept = 0.0
 
@@ -168,8 +200,8 @@ class Watched(nn.Module):
                 kept[_identity(tensor)] = tensor, tensor.untyped_storage().nbytes()
             return tensor
 
-        embedding = cast(nn.Module, model.get_input_embeddings())
-        handles = [embedding.register_forward_hook(_begin), *self._count(length)]
+        begins = [each.module.register_forward_hook(_begin) for each in self._layers]
+        handles = [*begins, *self._count(length)]
         try:
             with (
                 torch.enable_grad(),
@@ -197,7 +229,7 @@ class Watched(nn.Module):
 
 
 def _begin(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-    return output.detach().requires_grad_()
+    return output if output.requires_grad else output.detach().requires_grad_()
 
 
 def _is_router(module: nn.Module) -> bool:

@@ -156,7 +156,8 @@ class Planned:
     @property
     def pass_bytes(self) -> float:
         """What one worker's batch holds."""
-        return self.batch * self.sizes.model.pass_bytes(self.itemsize)
+        model, on_gpu = self.sizes.model, self.hardware.device_memory is not None
+        return self.batch * model.pass_bytes(self.itemsize) + model.block_bytes(on_gpu)
 
     @property
     def layer_memory(self) -> int:

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from influence import fused
 from influence.capture import capture
 from influence.examples import Batch
-from influence.fused import _RMSNormalised, fused_activations, origin_of
+from influence.fused import _RMSNormalised, fused_modules, origin_of
 from influence.layers import find_layers
 from influence.objectives import forward, training_loss
 from influence.passes import NonFiniteSequenceError, run_pass
@@ -31,7 +31,7 @@ def test_the_kernel_computes_the_same_function_and_derivative(kind):
     x = torch.linspace(-9, 9, 401, dtype=torch.float64, requires_grad=True)
     wanted = model(x)
     [slope] = torch.autograd.grad(wanted.sum(), x)
-    with fused_activations(model):
+    with fused_modules(model):
         assert isinstance(model[0], nn.GELU)
         got = model(x)
         [fused_slope] = torch.autograd.grad(got.sum(), x)
@@ -55,7 +55,7 @@ def test_rows_are_normalised_as_transformers_does_it(place, cached, monkeypatch)
         slope = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         wanted = model(at)
         [wanted_slope] = torch.autograd.grad(wanted, at, slope)
-        with fused_activations(model):
+        with fused_modules(model):
             assert type(model[0]) is not kind
             got = model(at)
             [got_slope] = torch.autograd.grad(got, at, slope)
@@ -79,7 +79,7 @@ def test_weights_that_train_are_refused():
 def test_a_norm_that_moves_its_inputs_between_devices_stays():
     model = nn.Sequential(LlamaRMSNorm(4))
     model[0]._hf_hook = object()
-    with fused_activations(model):
+    with fused_modules(model):
         assert isinstance(model[0], LlamaRMSNorm)
 
 
@@ -144,7 +144,7 @@ def test_an_activation_is_made_again_for_the_way_back_unless_it_was_changed(step
     handle.remove()
     origins: list[object] = []
     model.down.register_forward_pre_hook(lambda _, args: origins.append(origin_of(args[0])))
-    with fused_activations(model), capture(model, layers) as captured:
+    with fused_modules(model), capture(model, layers) as captured:
         outputs = model(x)
         assert (origins[0] is not None) == (step == "none")
         if step == "before":
@@ -185,5 +185,5 @@ def test_the_model_is_whole_again_after_a_pass_that_failed():
 def test_other_activations_stay():
     model = nn.Sequential(nn.GELU(), nn.SiLU(), nn.Tanh())
     before = list(model)
-    with fused_activations(model):
+    with fused_modules(model):
         assert list(model) == before
