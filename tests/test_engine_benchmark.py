@@ -47,7 +47,8 @@ def test_memory_alone_takes_no_times(capsys, monkeypatch):
 def spend(monkeypatch):
     """A clock that only moves when it is told to: a busy machine must not decide a test."""
     now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(time, name, lambda: now[0])
 
     def call(seconds: float) -> None:
         now[0] += seconds
@@ -68,6 +69,17 @@ def test_a_machine_that_slows_down_is_judged_by_the_units_on_both_sides(spend):
     unit_of = clock.Work(lambda: spend(next(costs)), num_tokens=1)
     works = {"between": clock.Work(lambda: spend(2.0), 1)}
     assert clock.ratios(unit_of, works, 1, warm_up=False)["between"].median == pytest.approx(1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_one_thread_the_time_that_others_take_does_not_count(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        taken = clock.seconds(lambda: time.sleep(0.2))
+    finally:
+        torch.set_num_threads(before)
+    assert (taken > 0.19) == (threads > 1 or torch.cuda.is_available())
 
 
 PEAK = """
