@@ -140,10 +140,15 @@ _NOT_LAST: WeakSet[nn.Module] = WeakSet()
 
 
 class _Apart(nn.Module):
-    """In the place of an output head: hands hidden states on."""
+    """In the place of an output head: hands hidden states on, as the head would have got them.
 
-    def __init__(self) -> None:
+    Hooks before the head run here: in a model over several devices they bring its input.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
+        self._forward_pre_hooks = head._forward_pre_hooks
+        self._forward_pre_hooks_with_kwargs = head._forward_pre_hooks_with_kwargs
         self.seen: Tensor | None = None
 
     def forward(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -183,7 +188,7 @@ def without_head(model: nn.Module, attributed: Iterable[nn.Module]) -> Iterator[
         return
     # No gradient of it is wanted, and `capture`, which says so of others, does not see it.
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    apart = _Apart()
+    apart = _Apart(head)
     places = [
         (parent, name)
         for parent in model.modules()
@@ -205,4 +210,4 @@ def _head(model: nn.Module) -> nn.Linear | None:
     head = None if find is None else find()
     if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
         return None
-    return None if head._forward_hooks or head._forward_pre_hooks else head
+    return None if head._forward_hooks else head

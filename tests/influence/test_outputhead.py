@@ -140,6 +140,18 @@ def test_a_head_that_does_more_than_a_linear_map_stays(what):
     assert widths(model, layers, batch) == [models.VOCABULARY]
 
 
+def test_what_a_hook_makes_of_the_heads_input_is_what_its_loss_gets():
+    model, batch = models.llama(), models.batch(models.corpus())
+    layers, _ = find_layers(model, ["mlp"])
+    model.lm_head.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    assert widths(model, layers, batch) == [model.lm_head.in_features]
+    told = run_pass(model, layers, batch, training_loss)
+    model.lm_head.register_forward_hook(lambda *_: None)  # which keeps the head where it is
+    wanted = run_pass(model, layers, batch, training_loss)
+    for layer in layers:
+        torch.testing.assert_close(told[layer.name].ds, wanted[layer.name].ds)
+
+
 class Scaled(GPT2LMHeadModel):
     """As Cohere and Granite: logits are scaled after the head."""
 
