@@ -176,6 +176,14 @@ def test_of_a_model_that_goes_on_with_logits_the_head_stays_after_one_more_forwa
     assert len(forwards) == 3
 
 
+def test_its_inputs_are_told_once():
+    model, batch = scaled(), models.batch(models.corpus())
+    layers, _ = find_layers(model, ["mlp"])
+    heard: list[str] = []
+    run_pass(model, layers, batch, training_loss, lambda layer, _: heard.append(layer.name))
+    assert sorted(heard) == sorted(layer.name for layer in layers)
+
+
 def test_its_factors_count_each_input_once():
     model, sequences = scaled(), models.corpus()
     layers, _ = find_layers(model, ["mlp"])
