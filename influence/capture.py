@@ -1,8 +1,8 @@
 """One pass: layer inputs and output gradients, and no weight gradient anywhere."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,43 @@ class LayerIO:
         return joined
 
 
+class LayerIOs(Mapping[str, LayerIO]):
+    """One `LayerIO` a layer that ran, by name.
+
+    Those whose inputs are made again (`Origin`) are made each time that they are asked for: asked
+    for one after the other, and once each, they cost one layer's inputs, not all layers'.
+    """
+
+    def __init__(
+        self,
+        ios: Mapping[str, LayerIO],
+        activations: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        self._ios, self._activations = ios, activations or {}
+
+    def __getitem__(self, name: str) -> LayerIO:
+        io = self._ios[name]
+        return replace(io, a=self._activations[name](io.a)) if name in self._activations else io
+
+    def only(self, names: Iterable[str]) -> "LayerIOs":
+        """Those of some layers; the others' may be let go."""
+        return LayerIOs({name: self._ios[name] for name in names}, self._activations)
+
+    def select(self, sequence: int) -> "LayerIOs":
+        """The part of one sequence."""
+        ios = {name: io.select(sequence) for name, io in self._ios.items()}
+        return LayerIOs(ios, self._activations)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ios
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ios)
+
+    def __len__(self) -> int:
+        return len(self._ios)
+
+
 class Capture:
     """The open pass that `capture` yields; each `backward` returns one `LayerIO` a layer."""
 
@@ -81,9 +118,7 @@ class Capture:
         self._zeros: dict[str, Callable[[], Tensor]] = {}
         self._routes: dict[str, Route] = {}
 
-    def backward(
-        self, objective: Float[Tensor, ""], retain_graph: bool = False
-    ) -> dict[str, LayerIO]:
+    def backward(self, objective: Float[Tensor, ""], retain_graph: bool = False) -> LayerIOs:
         """Differentiate a scalar by the outputs of the layers.
 
         `retain_graph` allows another backward on the same forward. A layer that the pass did not
@@ -105,7 +140,7 @@ class Capture:
                 )
         names = list(self._outputs)
         if not names:  # of these layers none ran: idle experts
-            return {}
+            return LayerIOs({})
         gradients = torch.autograd.grad(
             objective,
             [self._outputs[name] for name in names],
@@ -113,20 +148,23 @@ class Capture:
             allow_unused=True,
         )
         by_name = {layer.name: layer for layer in self._layers}
-        ios = {}
+        ios, activations = {}, {}
         for name, ds in zip(names, gradients, strict=True):
             layer = by_name[name]
             ds = self._zeros[name]() if ds is None else ds
             if name in self._routes:
                 packed = self._routes[name].pack(self._input(name), ds, self._batch[0])
                 ios[name] = LayerIO(*packed[:2], layer.has_bias, packed[2])
-            else:
-                a = None  # told on the way forward
-                if name in self._inputs:
-                    a = inputs_by_position(layer, self._input(name), self._batch)
-                ds = gradients_by_position(layer, ds, self._batch)
-                ios[name] = LayerIO(ds[..., :0] if a is None else a, ds, layer.has_bias)
-        return ios
+                continue
+            kept, a = self._inputs.get(name), None  # None: told on the way forward
+            if isinstance(kept, Origin):
+                # Number by number, and 0 of 0: how they are arranged, or padded, does not matter.
+                activations[name], kept = kept.activation, kept.before
+            if kept is not None:
+                a = inputs_by_position(layer, kept, self._batch)
+            ds = gradients_by_position(layer, ds, self._batch)
+            ios[name] = LayerIO(ds[..., :0] if a is None else a, ds, layer.has_bias)
+        return LayerIOs(ios, activations)
 
     def _input(self, name: str) -> Tensor:
         kept = self._inputs[name]
@@ -182,7 +220,9 @@ class Capture:
         )
         if output.requires_grad:
             if output._is_view():  # a change in place goes round a view's place in the graph
-                self._watched[layer.name].append((output.detach(), output._version))
+                counter = output.detach()
+                counter.data = output.new_empty(0)  # counts on, and holds nothing
+                self._watched[layer.name].append((counter, output._version))
             self._outputs[layer.name] = get_gradient_edge(output)
             return output
         start = output.detach().requires_grad_()

@@ -96,6 +96,7 @@ class _Loss(torch.autograd.Function):
             losses += _losses_and_excess(logits, targets[rows], draws)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[rows])
+            del logits  # else two blocks' would be there while the next is made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return torch.cat(losses)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence.capture import LayerIO, NonFiniteError, OnInput, capture
+from influence.capture import LayerIOs, NonFiniteError, OnInput, capture
 from influence.examples import Batch
 from influence.fused import fused_modules
 from influence.layers import Layer
@@ -57,7 +57,7 @@ def run_pass(
     batch: Batch,
     objective: Objective,
     on_input: OnInput | None = None,
-) -> dict[str, LayerIO]:
+) -> LayerIOs:
     """`LayerIO` of every layer that ran, for the sum of `objective` over the batch.
 
     Where `on_input` hears of inputs on the way forward, `a` has no columns (`capture`).
@@ -82,7 +82,7 @@ def _run(
     batch: Batch,
     objective: Objective,
     on_input: OnInput | None,
-) -> dict[str, LayerIO]:
+) -> LayerIOs:
     with (
         fused_modules(model),
         without_head(model, [layer.module for layer in layers]) as headless,
@@ -111,7 +111,7 @@ def pseudo_gradients(
     batch: Batch,
     seed: int,
     on_input: OnInput | None = None,
-) -> dict[str, LayerIO]:
+) -> LayerIOs:
     """`LayerIO` whose `ds` are pseudo-gradients: labels sampled from the model (Eq. 13)."""
 
     def objective(outputs: Float[Tensor, "n ..."], batch: Batch) -> Float[Tensor, " n"]:

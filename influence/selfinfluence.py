@@ -48,19 +48,18 @@ class SelfInfluence:
         squares = solver.basis.rotate_gradient(io, shared).square_()
         return squares.flatten(1) @ self._weights[layer.name]
 
-    def of_all(
-        self, batch: Batch, layers: Sequence[Layer], ios: Mapping[str, LayerIO]
-    ) -> Float[Tensor, "n l"]:
-        """Of every layer.
 
-        Raises:
-            NonFiniteSequenceError: naming layer and sequence.
-        """
-        shared = RotatedInputs()
-        forms = (self.of(batch, each, ios.get(each.name), shared) for each in layers)
-        found = torch.stack([form.to(batch.ids.device) for form in forms], dim=-1)
-        check_finite_layers(found, layers, batch)
-        return found
+def side_by_side(
+    forms: Iterable[Float[Tensor, " n"]], layers: Sequence[Layer], batch: Batch
+) -> Float[Tensor, "n l"]:
+    """What `SelfInfluence.of` found, side by side where the batch is.
+
+    Raises:
+        NonFiniteSequenceError: naming layer and sequence.
+    """
+    found = torch.stack([form.to(batch.ids.device) for form in forms], dim=-1)
+    check_finite_layers(found, layers, batch)
+    return found
 
 
 def stream_self(
@@ -79,6 +78,10 @@ def stream_self(
     Raises:
         NonFiniteSequenceError: naming layer and sequence, instead of a number that is not finite.
     """
-    forms = SelfInfluence(solvers, damping)
-    for batch in batches:  # no name keeps what a pass captured while the next one runs
-        yield batch.ids, forms.of_all(batch, layers, run_pass(model, layers, batch, training_loss))
+    selves = SelfInfluence(solvers, damping)
+    for batch in batches:
+        ios = run_pass(model, layers, batch, training_loss)
+        shared = RotatedInputs()
+        forms = [selves.of(batch, each, ios.get(each.name), shared) for each in layers]
+        del ios, shared  # what a pass captured must not stay while the next one runs
+        yield batch.ids, side_by_side(forms, layers, batch)

@@ -7,14 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.capture import LayerIO
+from influence.capture import LayerIO, LayerIOs
 from influence.contraction import ByToken, Contractions, Prepared, Waiting
+from influence.eigenbasis import RotatedInputs
 from influence.examples import Batch
 from influence.layers import Layer
 from influence.objectives import training_loss
 from influence.passes import check_finite_layers, run_pass
 from influence.scores import TopK
-from influence.selfinfluence import SelfInfluence
+from influence.selfinfluence import SelfInfluence, side_by_side
 from influence.subspace import SharedSubspace
 
 MEMORY = 2**31
@@ -102,22 +103,26 @@ class _Held:
     by_layer: list[Tensor | Waiting]
     self_influence: Float[Tensor, "n l"] | None
     tokens: Mapping[str, Float[Tensor, "q n t"]]
-    ios: Mapping[str, LayerIO]
+    ios: LayerIOs
 
 
 def _begun(
     contractions: Contractions,
     layers: Sequence[Layer],
     batch: Batch,
-    ios: Mapping[str, LayerIO],
+    ios: LayerIOs,
     selves: SelfInfluence | None,
     wants_tokens: bool,
 ) -> _Held:
     by_layer: list[Tensor | Waiting] = []
+    own: list[Tensor] = []
     tokens: dict[str, Tensor] = {}
-    unmet: dict[str, LayerIO] = {}
+    unmet: list[str] = []
+    shared = RotatedInputs()
     for layer in layers:
         io = ios.get(layer.name)
+        if selves is not None:
+            own.append(selves.of(batch, layer, io, shared))
         if io is None:  # an idle expert: no gradient, no influence
             zeros = _zeros(contractions.prepared[layer.name], len(batch.ids))
             by_layer.append(zeros)
@@ -127,9 +132,9 @@ def _begun(
         else:
             by_layer.append(contractions.begin(layer, io))
             if wants_tokens:
-                unmet[layer.name] = io
-    own = None if selves is None else selves.of_all(batch, layers, ios)
-    return _Held(batch, by_layer, own, tokens, unmet)
+                unmet.append(layer.name)
+    forms = None if selves is None else side_by_side(own, layers, batch)
+    return _Held(batch, by_layer, forms, tokens, ios.only(unmet))
 
 
 def _finished(
@@ -172,21 +177,23 @@ class _TopTokens:
             new = new[0].merge(self._best[0]), new[1].merge(self._best[1])
         self._best = new
         entered = torch.cat([each.ids for each in new], dim=1)  # of each query
-        here = {int(number): row for row, number in enumerate(ids)}
-        return {
-            (q, number): self._grid(held, q, here[number])
-            for q, numbers in enumerate(entered.tolist())
-            for number in sorted(set(numbers) & here.keys())
-        }
+        grids = {}
+        for row, number in enumerate(ids.tolist()):
+            queries = [q for q, numbers in enumerate(entered.tolist()) if number in numbers]
+            ios = dict(held.ios.select(row)) if queries else {}
+            grids |= {(q, number): self._grid(held, q, row, ios) for q in queries}
+        return grids
 
-    def _grid(self, held: _Held, query: int, row: int) -> Float[Tensor, "l t"]:
+    def _grid(
+        self, held: _Held, query: int, row: int, ios: Mapping[str, LayerIO]
+    ) -> Float[Tensor, "l t"]:
         rows = []
         for layer in self.layers:
             if layer.name in held.tokens:
                 rows.append(held.tokens[layer.name][query, row])
-            elif layer.name in held.ios:
+            elif layer.name in ios:
                 one = ByToken.of(self.prepared[layer.name].select([query]), layer.has_bias)
-                io = held.ios[layer.name].select(row)
+                io = ios[layer.name]
                 rows.append(io.spread(one.tokens(io), held.batch.inputs.shape[1])[0, 0])
             else:  # an idle expert
                 rows.append(_zeros(self.prepared[layer.name], held.batch.inputs.shape[1])[query])

@@ -76,8 +76,11 @@ def compute(context: StageContext, shard: ShardRef, path: Path, told: list[str])
         raise RuntimeError("this is our fault")
     store.write_json(path, [context.stage, sum(shard.items), *told])
 '''
-HELD = """        while (self.context.root / "hold").exists() and self.shard.index > 1:
-            __import__("time").sleep(0.02)
+HELD = """        if (self.context.root / "hold").exists() and self.shard.index > 1:
+            name = f"held-{self.context.run}-{self.context.stage}-{self.shard.index}"
+            (self.context.root / name).touch()
+            while (self.context.root / "hold").exists():
+                __import__("time").sleep(0.02)
         self.compute("""
 
 
@@ -151,6 +154,18 @@ class Checkout:
             yield
         finally:
             (self.path / name).unlink()
+            for held in self.path.glob("held-*"):
+                held.unlink()
+
+    def wait_held(self, stage: str, run: str = "smoke") -> None:
+        """While `hold` is there: until two shards of a stage have ended and the next two wait.
+
+        Each of its two workers takes another shard only when Prefect has noted the one before:
+        what is killed then will be found.
+        """
+        name = f"held-{run}-{stage}-*"
+        wait_for(lambda: len(list(self.path.glob(name))) == 2, 120, f"{stage} to be held")
+        assert len(self.shards(stage, run)) == 2
 
 
 def make_checkout(path: Path, server: str | None = None, toy: bool = False) -> Checkout:

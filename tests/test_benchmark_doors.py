@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from tests.checkout import (
     make_checkout,
     prefect_server,
     stage_process,
-    wait_for,
 )
 from tests.test_ui_doors import Station, git, worker
 
@@ -217,10 +215,9 @@ def test_kill_9_leaves_nothing_half_done_and_the_rerun_resumes(checkout):
     code = checkout.path / "tasks/benchmark.py"
     code.write_text(code.read_text() + "# says nothing new\n")
     with checkout.flag(HOLD), checkout.started("dvc", "repro", TARGET) as process:
-        wait_for(lambda: len(checkout.shards("validate", "quick")) == 2, 60, "two shards")
+        checkout.wait_held("validate", "quick")
         stage = stage_process(process.pid)
         assert stage is not None
-        time.sleep(0.5)  # the files are there a moment before Prefect has noted them
         stage.kill()
         process.communicate(timeout=30)
     assert not checkout.artifact("validate", "quick").joinpath(SCORES).exists()

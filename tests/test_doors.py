@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,10 +123,9 @@ def test_a_fault_of_ours_comes_with_its_traceback(checkout):
 def test_kill_9_of_a_stage_under_dvc_leaves_no_artefact_and_the_rerun_resumes(checkout, expected):
     command = ("dvc", "repro", "train@smoke")
     with checkout.flag(HOLD), checkout.started(*command) as process:
-        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        checkout.wait_held("train")
         stage = stage_process(process.pid)
         assert stage is not None
-        time.sleep(0.5)  # the files are there a moment before Prefect has noted them
         stage.kill()
         _, err = process.communicate(timeout=30)
     assert "failed to reproduce" in err
@@ -146,7 +144,7 @@ def test_kill_9_of_a_stage_under_dvc_leaves_no_artefact_and_the_rerun_resumes(ch
 def test_kill_9_of_the_pipeline_ends_what_it_started_and_the_rerun_resumes(checkout, expected):
     command = ("python", "-m", "flows.pipeline", "smoke", "--until", "tokenize")
     with checkout.flag(HOLD), checkout.started(*command) as process:
-        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        checkout.wait_held("train")
         below = processes_below(process.pid)
         assert stage_process(process.pid) in below
         refused = checkout.pipeline("train")
@@ -165,7 +163,7 @@ def test_kill_9_of_the_pipeline_ends_what_it_started_and_the_rerun_resumes(check
 def test_an_interrupt_ends_the_pipeline_and_what_it_started(checkout):
     command = ("python", "-m", "flows.pipeline", "smoke", "--until", "train")
     with checkout.flag(HOLD), checkout.started(*command) as process:
-        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        checkout.wait_held("train")
         below = processes_below(process.pid)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
@@ -180,7 +178,7 @@ def test_an_interrupt_ends_the_pipeline_and_what_it_started(checkout):
 def test_a_signal_ends_a_stage_in_the_middle_of_a_shard(checkout, sent, statuses):
     command = ("python", "-m", "flows.stage", "train", "smoke")
     with checkout.flag(HOLD), checkout.started(*command) as process:
-        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        checkout.wait_held("train")
         process.send_signal(sent)
         _, err = process.communicate(timeout=10)
     assert process.returncode in statuses, err
@@ -232,7 +230,7 @@ def test_a_stage_that_is_killed_is_shown_as_crashed_below_the_task_that_failed(c
     before = {each["id"] for kind in ("flow", "task") for each in runs(server, kind)}
     command = ("python", "-m", "flows.pipeline", "smoke", "--until", "train")
     with checkout.flag(HOLD), checkout.started(*command) as process:
-        wait_for(lambda: len(checkout.shards("train")) == 2, 60, "two shards")
+        checkout.wait_held("train")
         stage = stage_process(process.pid)
         assert stage is not None
         stage.kill()
@@ -263,7 +261,7 @@ def test_a_pipeline_without_a_server_leaves_none_behind_when_it_is_killed(undist
     undisturbed.edit("tasks/train.py", '"""Toy stage."""', '"""Toy stage, changed."""')
     command = ("python", "-m", "flows.pipeline", "smoke", "--until", "train")
     with undisturbed.flag(HOLD), undisturbed.started(*command) as process:
-        wait_for(lambda: len(undisturbed.shards("train")) == 2, 120, "two shards")
+        undisturbed.wait_held("train")
         below = processes_below(process.pid)
         assert any("uvicorn" in each.cmdline() for each in below)
         process.kill()

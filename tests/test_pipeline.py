@@ -1,7 +1,6 @@
 """The run `smoke` from end to end: real stages, real processes, kill -9 in the middle."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from tests.checkout import (
     make_checkout,
     prefect_server,
     stage_process,
-    wait_for,
 )
 
 
@@ -179,8 +177,7 @@ def kill_in(checkout: Checkout, stage: str) -> None:
     """Kill -9 the stage when it has finished two shards; the pipeline stops and says so."""
     command = ("python", "-m", "flows.pipeline", "smoke", "--until", stage)
     with checkout.flag(HOLD), checkout.started(*command) as process:
-        wait_for(lambda: len(checkout.shards(stage)) == 2, 120, f"two shards of {stage}")
-        time.sleep(0.5)  # the files are there a moment before Prefect has noted them
+        checkout.wait_held(stage)
         found = stage_process(process.pid)
         assert found is not None
         found.kill()

@@ -90,8 +90,7 @@ class Station:
 
     def held_in(self, stage: str, run: str) -> None:
         """Wait until a stage has finished two shards and hangs in the third."""
-        wait_for(lambda: len(self.checkout.shards(stage)) == 2, 120, f"two shards of {stage}")
-        time.sleep(0.5)  # the files are there a moment before Prefect has noted them
+        self.checkout.wait_held(stage)
         assert self.state(run)["type"] == "RUNNING"
 
     def flow_process(self, run: str) -> psutil.Process:
@@ -295,7 +294,7 @@ def test_dvc_repro_during_a_run_from_the_ui_is_refused_and_does_no_harm(station,
 def test_a_run_from_the_ui_during_dvc_repro_is_refused_with_what_to_do(station, stale_stream):
     checkout = station.checkout
     with checkout.flag(HOLD), checkout.started("dvc", "repro", "report@smoke") as process:
-        wait_for(lambda: len(checkout.shards("stream")) == 2, 60, "two shards")
+        checkout.wait_held("stream")
         state = station.ended(station.start(run="smoke"))
         assert state["type"] == "FAILED"
         assert "DVC is at work" in state["message"]

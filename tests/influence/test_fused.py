@@ -16,7 +16,11 @@ from influence.fused import _RMSNormalised, fused_modules, origin_of
 from influence.layers import find_layers
 from influence.objectives import forward, training_loss
 from influence.passes import NonFiniteSequenceError, run_pass
+from influence.selfinfluence import SelfInfluence
+from influence.streaming import stream_all
 from tests.influence import models
+from tests.influence.test_scores import some_queries
+from tests.influence.test_selfinfluence import DAMPING, any_solvers
 
 WRITTEN_OUT = [NewGELUActivation, FastGELUActivation]
 
@@ -169,6 +173,49 @@ def test_a_pass_keeps_no_activation_that_it_can_make_again():
 
     run_pass(model, models.attributed(model), batch, objective)
     assert alive == [False, False]
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[torch.Size]:
+    """Shapes of the activations that were computed, as they are."""
+    shapes: list[torch.Size] = []
+    forward = nn.GELU.forward
+
+    def counted(self: nn.GELU, x: torch.Tensor) -> torch.Tensor:
+        shapes.append(x.shape)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.GELU, "forward", counted)
+    return shapes
+
+
+def test_an_activation_is_made_again_where_its_layer_is_asked_for_and_not_before(made):
+    model, batch = models.gpt2(num_layers=2), models.batch(models.corpus())
+    layers = models.attributed(model)
+    ios = run_pass(model, layers, batch, training_loss)
+    down = "transformer.h.1.mlp.c_proj"
+    assert set(ios) == {layer.name for layer in layers}
+    assert down in ios
+    assert "transformer" not in ios
+    few, row = ios.only([down]), ios.select(1)
+    assert list(few) == [down]
+    assert len(made) == 2  # on the way forward
+    a, ds = ios[down].a, ios[down].ds
+    assert len(made) == 4
+    torch.testing.assert_close(few[down].a, a, rtol=0, atol=0)
+    torch.testing.assert_close(row[down].a, a[1:2], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(row[down].ds, ds[1:2], rtol=0, atol=0)
+    assert made[-1][0] == 1  # of one sequence, not of the batch
+    with pytest.raises(KeyError):
+        few["transformer.h.0.mlp.c_proj"]
+
+
+def test_scores_and_self_influence_share_what_is_made_again(made):
+    model, batch = models.gpt2(num_layers=2), models.batch(models.corpus())
+    layers = models.attributed(model)
+    selves = SelfInfluence(any_solvers(layers), DAMPING)
+    list(stream_all(model, layers, some_queries(layers, 1), [batch], selves=selves))
+    assert len(made) == 4
 
 
 def test_the_model_is_whole_again_after_a_pass_that_failed():
