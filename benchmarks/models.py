@@ -31,9 +31,8 @@ class Shape:
 SHAPES: Mapping[str, Shape] = {
     "S": Shape(4, 256, 4, 1024),
     "M": Shape(8, 512, 8, 2048),
-    "L": Shape(
-        8, 512, 8, 1536, llama=True
-    ),  # a Llama of M's size: its MLP has three matrices, not two
+    # A Llama of M's size: its MLP has three matrices, not two.
+    "L": Shape(8, 512, 8, 1536, llama=True),
 }
 
 

@@ -31,9 +31,8 @@ RMS_NORMS = {
         "smollm3": "SmolLM3",
     }.items()
 }  # fmt: skip
-CACHED = (
-    2**16
-)  # numbers of a block of rows, which the fastest of the large caches holds a few times
+# Numbers of a block of rows, which the fastest of the large caches holds a few times.
+CACHED = 2**16
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,12 +45,7 @@ def sampled_loss(outputs: Float[Tensor, "n ..."], batch: Batch, seed: int) -> Fl
     if not isinstance(batch.likelihood, HeadSoftmax):
         return pseudo_loss(outputs, batch, sample_labels(outputs, batch, seed))
     assert isinstance(batch, TokenBatch)
-    uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])
-    if batch.most_carry_loss:
-        uniform = _following(uniform)
-    else:
-        uniform = batch.row_labels(uniform).unsqueeze(-1)
-    return _loss(outputs, batch, batch.targets, uniform)
+    return _loss(outputs, batch, batch.targets, _uniform_of_rows(batch, seed))
 
 
 def _loss(
@@ -64,11 +59,6 @@ def _loss(
         rows, targets, owners = batch.rows(outputs), batch.row_labels(labels), batch.owners
     losses = batch.likelihood.loss(rows, targets, *uniform)
     return losses.new_zeros(len(batch.ids)).index_add(0, owners, losses)
-
-
-def _following(uniform: Float64[Tensor, "n t"]) -> Float64[Tensor, "m 1"]:
-    """Of every position, the uniform of the token that it predicts; of the last, any."""
-    return nn.functional.pad(uniform[:, 1:], (0, 1)).reshape(-1, 1)
 
 
 @torch.no_grad()
@@ -90,14 +80,22 @@ def sample_labels(outputs: Float[Tensor, "n ..."], batch: Batch, seed: int) -> T
 def _sample_tokens(
     outputs: Float[Tensor, "n t v"], batch: TokenBatch, seed: int
 ) -> Int[Tensor, "n t"]:
-    uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])
+    uniform = _uniform_of_rows(batch, seed)
     if not batch.most_carry_loss:
-        chosen = batch.row_labels(uniform).unsqueeze(-1)
-        return batch.with_row_labels(batch.likelihood.sample(batch.rows(outputs), chosen))
+        return batch.with_row_labels(batch.likelihood.sample(batch.rows(outputs), uniform))
     # A draw for every position, of which those that carry no loss are not used.
-    drawn = batch.likelihood.sample(outputs.flatten(0, 1), _following(uniform))
+    drawn = batch.likelihood.sample(outputs.flatten(0, 1), uniform)
     labels = nn.functional.pad(drawn.view_as(batch.tokens)[:, :-1], (1, 0))
     return labels.where(batch.supervised, batch.tokens)
+
+
+def _uniform_of_rows(batch: TokenBatch, seed: int) -> Float64[Tensor, "m 1"]:
+    """Of each row of `_loss`, the uniform of the token that it predicts; of the last position of a
+    sequence, which predicts none, any."""
+    uniform = counter_uniform(seed, batch.ids, batch.tokens.shape[1])
+    if not batch.most_carry_loss:
+        return batch.row_labels(uniform).unsqueeze(-1)
+    return nn.functional.pad(uniform[:, 1:], (0, 1)).reshape(-1, 1)
 
 
 def counter_uniform(
