@@ -36,6 +36,7 @@ def run(context: StageContext) -> None:
     write_top(context, reference, influences, pairs, full, groups)
     summary = {
         **header(context, reference),
+        "subspace": store.read_json(context.artifact("stream") / "index.json")["subspace"],
         "rescore": full_rank_agreement(influences, full, controls),
         "duplicates": count_duplicates(groups),
     }

@@ -19,6 +19,7 @@ from tasks import report, store
 from tasks.page.characters import visible
 from tasks.page.document import document
 from tasks.page.evidence import Evidence
+from tasks.page.facts import facts
 from tasks.page.health import verdicts
 from tasks.page.numbers import Nats, change_in_probability, correlation, plain
 from tasks.page.pictures import Rows, layer_strip, short, token_map
@@ -606,6 +607,20 @@ def test_verdicts_grade_what_was_measured_and_say_nothing_of_what_was_not() -> N
         "Against BM25": "note",
         "Expected documents found": "fair",
     }
+
+
+def test_of_queries_that_share_a_subspace_the_page_says_so_and_what_to_raise_first() -> None:
+    whole, lost = evidence(), {"layers.0": 0.125, "layers.1": 0.43}
+    more = {"subspace": lost, "rescore": {"pearson_control": 0.9}}
+    part = evidence(summary=dict(whole.summary) | more)
+    assert facts(whole).search == "query gradients of rank 32"
+    told = "query gradients of rank 32, up to 43.0 % of them outside the shared subspace"
+    assert facts(part).search == told
+    assert told in document(part, 10)
+    [verdict] = [one for one in facts(part).verdicts if one.name == "Low rank against full rank"]
+    assert "raise stream.subspace (or leave it null), then query.rank." in verdict.sentence
+    [verdict] = verdicts({}, {}, {"pearson_control": 0.9})
+    assert "raise query.rank." in verdict.sentence
 
 
 def test_what_benchmarks_found_stands_beside_the_scores_and_is_not_called_this_runs() -> None:

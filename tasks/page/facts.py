@@ -55,7 +55,7 @@ class Facts:
     attributed: str
     left_out: tuple[LeftOut, ...]
     damping: Damping
-    rank: str
+    search: str
     filter: str
     verdicts: tuple[Verdict, ...]
     metrics: tuple[tuple[str, str], ...]
@@ -94,7 +94,7 @@ def facts(evidence: Evidence) -> Facts:
         attributed=_attributed(coverage, summary["layers"]),
         left_out=_left_out(coverage.get("left_out", ())),
         damping=_damping(summary["damping"], evidence.metrics.get("layers") or {}),
-        rank=str(summary.get("rank") or "full"),
+        search=_search(summary),
         filter=_filter({**evidence.recall, **(summary.get("filter") or {})}),
         verdicts=tuple(
             verdicts(
@@ -102,6 +102,7 @@ def facts(evidence: Evidence) -> Facts:
                 evidence.recall,
                 summary.get("rescore") or {},
                 evidence.ground_truth,
+                shared=bool(summary.get("subspace")),
             )
         ),
         metrics=tuple(flattened({k: v for k, v in evidence.metrics.items() if k != "layers"})),
@@ -111,6 +112,15 @@ def facts(evidence: Evidence) -> Facts:
         ),
         digests=tuple(_digests(summary)),
     )
+
+
+def _search(summary: Mapping[str, Any]) -> str:
+    """What all candidates met; of a shared subspace, what the layer loses that loses most."""
+    told = f"query gradients of rank {summary.get('rank') or 'full'}"
+    lost = summary.get("subspace")
+    if not lost:
+        return told
+    return f"{told}, up to {percent(max(lost.values()))} of them outside the shared subspace"
 
 
 def _count(value: Any) -> str:

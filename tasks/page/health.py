@@ -36,12 +36,16 @@ def verdicts(
     recall: Mapping[str, Any],
     rescore: Mapping[str, Any],
     ground_truth: Sequence[Mapping[str, Any]] = (),
+    shared: bool = False,
 ) -> list[Verdict]:
-    """A verdict on every quantity that was measured; what is absent is left out."""
+    """A verdict on every quantity that was measured; what is absent is left out.
+
+    `shared`: the queries met the candidates in a subspace.
+    """
     measured = (
         _split_half(metrics.get("split_half")),
         _trace(metrics.get("layers")),
-        _low_rank(metrics.get("low_rank") or rescore),
+        _low_rank(metrics.get("low_rank") or rescore, shared),
         _recall(recall),
         _dampings(metrics.get("dampings")),
         *_rivals(metrics.get("baselines")),
@@ -118,20 +122,21 @@ def _trace(layers: Mapping[str, Any] | None) -> Verdict | None:
     )
 
 
-def _low_rank(rescore: Mapping[str, Any] | None) -> Verdict | None:
+def _low_rank(rescore: Mapping[str, Any] | None, shared: bool) -> Verdict | None:
     rescore = rescore or {}
     names = ("pearson_control", "pearson_all", "pearson")  # the random control is the fair one
     value = next((rescore[name] for name in names if rescore.get(name) is not None), None)
     if value is None:
         return None
     grade = _graded(value, 0.99, 0.95)
+    first = "stream.subspace (or leave it null), then " if shared else ""
     sentence = {
         "good": "Search with low-rank query gradients loses next to nothing; the scores shown are "
         "full-rank.",
         "fair": "Search with low-rank query gradients is close to full rank; a sequence near the "
         "cut may be missing. The scores shown are full-rank.",
-        "poor": "Search with low-rank query gradients differs from full rank: raise query.rank. "
-        "The scores shown are full-rank, but sequences may be missing.",
+        "poor": f"Search with low-rank query gradients differs from full rank: raise {first}"
+        "query.rank. The scores shown are full-rank, but sequences may be missing.",
     }[grade]
     return Verdict("Low rank against full rank", f"r = {correlation(value)}", grade, sentence)
 
