@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.repeats and not given.memory:
         parser.error("--repeats 0 measures no times; add --memory, or repeat at least once")
     torch.set_num_threads(given.threads)
+    if given.without_onednn:
+        torch.backends.mkldnn.set_flags(False)
     if given.scale:
         scale.main(table.ROOT if given.keep else None)
         return
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about["repeats"] = given.repeats
     if given.peer:
         about["peer"] = given.peer
+    if given.without_onednn:
+        about["without_onednn"] = True
     lines = []
     for line in measured(setting, given):
         lines.append(about | line)
@@ -137,7 +141,8 @@ def _memory(given: argparse.Namespace, name: str) -> float | None:
         sys.executable, "-m", "benchmarks.engine", "--memory-of", name, "--model", given.model,
         "--length", str(given.length), "--sequences", str(given.sequences),
         "--threads", str(given.threads), "--queries", str(given.queries),
-        "--batch", str(given.batch), "--waiting", str(given.waiting), "--layers", *given.layers,
+        "--batch", str(given.batch), "--waiting", str(given.waiting),
+        *(["--without-onednn"] if given.without_onednn else []), "--layers", *given.layers,
     ]  # fmt: skip
     peaks = []
     for _ in range(PROCESSES):
@@ -164,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--made-up", action="store_true",
         help="eigenbases drawn at random, which cost a pass the same; no agreement, no sizes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without-onednn", action="store_true",
+        help="products as on processors where it is not preferred (influence/products.py)",
     )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="write docs/engine and docs/results.md")
     parser.add_argument("--scale", action="store_true", help="sweeps of one axis at a time")

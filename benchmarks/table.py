@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks import growth
+from influence.products import multiplies_by_onednn
 
 ROOT = Path(__file__).parent.parent
 FOLDER, PAGE, FIGURE = Path("docs/engine"), Path("docs/results.md"), Path("docs/engine/engine.png")
@@ -38,7 +39,10 @@ def machine() -> str:
     """What it was measured on, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    told = getattr(torch.cpu, "get_capabilities", dict)()
+    name = told.get("cpu_name") or platform.machine()
+    kernels = "oneDNN" if multiplies_by_onednn(*torch.empty(2, 1024, 1024)) else "PyTorch's choice"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, products by {kernels}"
 
 
 def keep(root: Path, lines: Sequence[Line]) -> Path:
@@ -50,6 +54,8 @@ def keep(root: Path, lines: Sequence[Line]) -> Path:
     name = f"{about['model']}-{about['length']}-{'+'.join(about['layers'])}"
     if (peer := about.get("peer", PEER)) != PEER:
         name += f"-{peer}"
+    if about.get("without_onednn"):
+        name += "-without-onednn"
     path = root / FOLDER / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from influence.experts import Route
 from influence.fused import Origin, origin_of
 from influence.layers import Layer, gradients_by_position, inputs_by_position
+from influence.products import product, write_product
 
 # Hears the inputs of a layer as soon as it ran; then nobody keeps them.
 OnInput = Callable[[Layer, Float[Tensor, "n t i"]], None]
@@ -57,12 +58,12 @@ class LayerIO:
     def gradient(self) -> Float[Tensor, "n o d_in"]:
         """Per-sequence gradients Σ_t ds [a; 1]ᵀ, the bias in the last column."""
         if not self.has_bias:
-            return self.ds.mT @ self.a
+            return product(self.ds.mT, self.a)
         # Both parts go where they belong: joined afterwards they would be copied, and ones beside
         # every activation would cost a copy of `a`.
         (n, _, i), o = self.a.shape, self.ds.shape[2]
         joined = self.ds.new_empty(n, o, i + 1)
-        torch.bmm(self.ds.mT, self.a, out=joined[..., :-1])
+        write_product(self.ds.mT, self.a, into=joined[..., :-1])
         torch.sum(self.ds, dim=1, out=joined[..., -1])
         return joined
 

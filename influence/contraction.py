@@ -16,6 +16,7 @@ from torch import Tensor
 from influence.capture import LayerIO
 from influence.layers import Layer
 from influence.lowrank import LowRank
+from influence.products import product
 from influence.subspace import SharedSubspace
 
 # Multiply-adds that a number written and read once costs: products run at some 60 · 10⁹ a second
@@ -54,18 +55,16 @@ class ByToken:
 
     def tokens(self, io: LayerIO) -> Float[Tensor, "q n t"]:
         """ds_tᵀ V_q [a_t; 1] of every position; raw, as in `scores`."""
-        products = io.a @ self.right
-        if self.bias is not None:
-            products += self.bias
-        products *= io.ds @ self.left
-        return rearrange(products.unflatten(-1, (-1, self.rank)).sum(dim=-1), "n t q -> q n t")
+        columns = product(io.a, self.right, self.bias)
+        columns *= product(io.ds, self.left)
+        return rearrange(columns.unflatten(-1, (-1, self.rank)).sum(dim=-1), "n t q -> q n t")
 
 
 def meet(
     dense: Float[Tensor, "q d_out d_in"], gradients: Float[Tensor, "n d_out d_in"]
 ) -> Float[Tensor, "q n"]:
     """⟨V_q, ∇_n⟩ of all pairs."""
-    return dense.flatten(1) @ gradients.flatten(1).mT
+    return product(dense.flatten(1), gradients.flatten(1).mT)
 
 
 def meet_blockwise(query: LowRank, gradients: Sequence[Tensor]) -> Float[Tensor, "q n"]:
@@ -82,7 +81,7 @@ def meet_blockwise(query: LowRank, gradients: Sequence[Tensor]) -> Float[Tensor,
         for first in range(0, num_queries, QUERIES):
             some = slice(first, first + QUERIES)
             dense = left[some, rows] @ right[some]
-            found[some] += dense.flatten(1) @ part.mT
+            found[some] += product(dense.flatten(1), part.mT)
     return found.to(left.dtype)
 
 

@@ -4,6 +4,7 @@ The paper's printed Eq. 20 and 21 have the eigenvectors in rows; `torch.linalg.e
 This file owns the convention: no other file transposes a Q.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.capture import LayerIO
+from influence.products import product, products
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,46 +56,53 @@ class EigenBasis:
         self, V: Float[Tensor, "*batch {self.d_out} {self.d_in}"]
     ) -> Float[Tensor, "*batch {self.d_out} {self.d_in}"]:
         """unvec((Q_A ⊗ Q_S)ᵀ vec V) = Q_Sᵀ V Q_A."""
-        return self.Q_S.mT @ V @ self.Q_A
+        return product(product(self.Q_S.mT, V), self.Q_A)
 
     def unrotate(
         self, R: Float[Tensor, "*batch {self.d_out} {self.d_in}"]
     ) -> Float[Tensor, "*batch {self.d_out} {self.d_in}"]:
         """unvec((Q_A ⊗ Q_S) vec R) = Q_S R Q_Aᵀ."""
-        return self.Q_S @ R @ self.Q_A.mT
+        return product(product(self.Q_S, R), self.Q_A.mT)
 
     def unrotate_outputs(
         self, left: Float[Tensor, "*batch {self.d_out} r"]
     ) -> Float[Tensor, "*batch {self.d_out} r"]:
         """Q_S times a left factor, for low-rank matrices that were truncated when rotated."""
-        return self.Q_S @ left
+        return product(self.Q_S, left)
 
     def unrotate_inputs(
         self, right: Float[Tensor, "*batch r {self.d_in}"]
     ) -> Float[Tensor, "*batch r {self.d_in}"]:
         """A right factor times Q_Aᵀ."""
-        return right @ self.Q_A.mT
+        return product(right, self.Q_A.mT)
 
     def rotate_gradient(
         self, io: LayerIO, shared: "RotatedInputs | None" = None
     ) -> Float[Tensor, "n {self.d_out} {self.d_in}"]:
-        """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A; a side is rotated before the sum or after, as is cheaper.
+        """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A of every sequence."""
+        return torch.cat(list(self.rotated_gradients(io, shared)))
+
+    def rotated_gradients(
+        self, io: LayerIO, shared: "RotatedInputs | None" = None
+    ) -> Iterator[Float[Tensor, "_ {self.d_out} {self.d_in}"]]:
+        """The same in parts of the batch; a side is rotated before the sum over tokens or after, as
+        is cheaper.
 
         `shared` holds the inputs of the layer before, if these were rotated.
         """
         num_positions = io.a.shape[1]
         outputs_first = self.rotates_outputs_first(num_positions)
-        ds = io.ds @ self.Q_S if outputs_first else io.ds
+        ds = product(io.ds, self.Q_S) if outputs_first else io.ds
         inputs = shared.find(self, io) if shared is not None else None
         if inputs is None and self.rotates_inputs_first(num_positions):
             inputs = self._rotated_inputs(io)
             if shared is not None:
                 shared.keep(self, io, inputs)
         if inputs is not None:
-            G = ds.mT @ inputs
+            parts = products(ds.mT, inputs)
         else:
-            G = _product(LayerIO(io.a, ds, io.has_bias).gradient(), self.Q_A)
-        return G if outputs_first else self.Q_S.mT @ G
+            parts = (product(LayerIO(io.a, ds, io.has_bias).gradient(), self.Q_A),)
+        yield from parts if outputs_first else (product(self.Q_S.mT, part) for part in parts)
 
     def add_rotated_squares(
         self,
@@ -107,17 +116,18 @@ class EigenBasis:
         is formed.
         """
         if io.a.shape[1] > 1:
-            for rotated in self.rotate_gradient(io, shared).to(into.dtype):
-                into.addcmul_(rotated, rotated)  # one pass over memory, where squares take three
+            for part in self.rotated_gradients(io, shared):
+                for rotated in part.to(into.dtype):
+                    into.addcmul_(rotated, rotated)  # one pass over memory; squares take three
             return
-        inputs, outputs = self._rotated_inputs(io), io.ds @ self.Q_S
+        inputs, outputs = self._rotated_inputs(io), product(io.ds, self.Q_S)
         squares = (side[:, 0].to(into.dtype).square_() for side in (outputs, inputs))
         into.addmm_(next(squares).mT, next(squares))
 
     def _rotated_inputs(self, io: LayerIO) -> Float[Tensor, "n t {self.d_in}"]:
         """[a; 1]ᵀ Q_A of every position."""
-        inputs = _product(io.a, self.Q_A[: io.a.shape[2]])
-        return inputs.add_(self.Q_A[-1]) if io.has_bias else inputs
+        bias = self.Q_A[-1] if io.has_bias else None
+        return product(io.a, self.Q_A[: io.a.shape[2]], bias)
 
     def rotates_inputs_first(self, num_positions: int) -> bool:
         """Whether T products with Q_A, one a token, cost less than d_out, one a row; where they
@@ -160,15 +170,3 @@ class RotatedInputs:
     def keep(self, basis: EigenBasis, io: LayerIO, inputs: Float[Tensor, "n t d_in"]) -> None:
         """In the place of those kept before."""
         self._last = io.a, basis.Q_A, inputs
-
-
-def _product(x: Float[Tensor, "n m k"], Q: Float[Tensor, "k d"]) -> Float[Tensor, "n m d"]:
-    """x Q. The one column more that a bias makes is multiplied apart: rows that begin off the cache
-    lines' bounds made the product of 2049 columns a third slower than that of 2048."""
-    if Q.shape[1] % 16 != 1 or Q.shape[1] < 16:
-        return x @ Q
-    product = x.new_empty(*x.shape[:2], Q.shape[1])
-    rows, into = x.flatten(0, 1), product.flatten(0, 1)
-    torch.mm(rows, Q[:, :-1], out=into[:, :-1])
-    torch.mv(rows, Q[:, -1], out=into[:, -1])
-    return product

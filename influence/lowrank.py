@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.products import product
+
 SPARE = 16  # columns of the subspace beyond the rank
 ITERATIONS = 3  # each squares how fast what is left out falls
 
@@ -41,7 +43,7 @@ class LowRank:
 
     def dense(self) -> Float[Tensor, "q d_out d_in"]:
         """left @ right."""
-        return self.left @ self.right
+        return product(self.left, self.right)
 
     def mapped(
         self,
@@ -90,9 +92,9 @@ def _leading_triplets(V: Float[Tensor, "q o i"], rank: int) -> tuple[Tensor, Ten
         return torch.linalg.svd(V, full_matrices=False)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(V.shape[2], columns, generator=generator, dtype=torch.float64)
-    Q = torch.linalg.qr(V @ start.to(V))[0]
+    Q = torch.linalg.qr(product(V, start.to(V)))[0]
     for _ in range(ITERATIONS):
-        Q = torch.linalg.qr(V.mT @ Q)[0]
-        Q = torch.linalg.qr(V @ Q)[0]
-    U, s, Vh = torch.linalg.svd(Q.mT @ V, full_matrices=False)
-    return Q @ U, s, Vh
+        Q = torch.linalg.qr(product(V.mT, Q))[0]
+        Q = torch.linalg.qr(product(V, Q))[0]
+    U, s, Vh = torch.linalg.svd(product(Q.mT, V), full_matrices=False)
+    return product(Q, U), s, Vh

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from influence.likelihoods import CACHED, NO_TARGET, Softmax, classes, wide
+from influence.products import product, write_product
 from influence.rowblocks import row_blocks
 
 # Logits of a block: so many rows that the product with the head is as fast as that of all rows.
@@ -32,7 +33,7 @@ class HeadSoftmax:
 
     def logits(self, outputs: Float[Tensor, "m d"]) -> Float[Tensor, "m c"]:
         """W h + b of each row."""
-        return nn.functional.linear(outputs, self.weight, self.bias)
+        return product(outputs, self.weight.mT, self.bias)
 
     def loss(
         self,
@@ -91,11 +92,11 @@ class _Loss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = []
         for rows in row_blocks(hidden, PRODUCT, len(weight)):
-            logits = nn.functional.linear(hidden[rows], weight, bias)
+            logits = product(hidden[rows], weight.mT, bias)
             draws = None if uniform is None else uniform[rows]
             losses += _losses_and_excess(logits, targets[rows], draws)
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[rows])
+                write_product(logits, weight, into=gradient[rows])
             del logits  # else two blocks' would be there while the next is made
         if gradient is not None:
             ctx.save_for_backward(gradient)

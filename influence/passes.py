@@ -10,6 +10,7 @@ from influence.capture import LayerIOs, NonFiniteError, OnInput, capture
 from influence.examples import Batch
 from influence.fused import fused_modules
 from influence.layers import Layer
+from influence.linearmaps import fast_linear_maps
 from influence.objectives import forward, sampled_loss
 from influence.outputhead import HeadIsNotLastError, without_head
 
@@ -85,6 +86,7 @@ def _run(
 ) -> LayerIOs:
     with (
         fused_modules(model),
+        fast_linear_maps(model),
         without_head(model, [layer.module for layer in layers]) as headless,
         capture(model, layers, on_input) as captured,
     ):

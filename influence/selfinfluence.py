@@ -45,8 +45,9 @@ class SelfInfluence:
         if layer.name not in self._weights:
             ones = torch.ones_like(solver.eigenvalues)
             self._weights[layer.name] = solver.solve_rotated(ones, self.damping).flatten()
-        squares = solver.basis.rotate_gradient(io, shared).square_()
-        return squares.flatten(1) @ self._weights[layer.name]
+        weights = self._weights[layer.name]
+        parts = solver.basis.rotated_gradients(io, shared)
+        return torch.cat([part.square_().flatten(1) @ weights for part in parts])
 
 
 def side_by_side(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from influence.capture import LayerIO
 from influence.lowrank import LowRank
+from influence.products import product
 from influence.sums import UpperMoment
 
 SPARE = 16  # columns of the search beyond those that are kept
@@ -65,11 +66,10 @@ class SharedSubspace:
 
     def __call__(self, io: LayerIO) -> Float[Tensor, "q n"]:
         """⟨U C_q Wᵀ, Σ_t ds [a; 1]ᵀ⟩."""
-        a = io.a @ self.inputs[: io.a.shape[2]]
-        if io.has_bias:
-            a += self.inputs[-1]
-        projected = (io.ds @ self.outputs).mT @ a
-        return self.cores.flatten(1) @ projected.flatten(1).mT
+        bias = self.inputs[-1] if io.has_bias else None
+        a = product(io.a, self.inputs[: io.a.shape[2]], bias)
+        projected = product(product(io.ds, self.outputs).mT, a)
+        return product(self.cores.flatten(1), projected.flatten(1).mT)
 
     def select(self, queries: Sequence[int]) -> LowRank:
         """What is left of some of the queries, in the order given."""

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from influence.products import add_product, multiplies_by_onednn
+
 CARRY = 16  # additions in the dtype of the pass; rounding grows with them, traffic falls
 BLOCK = 256  # columns of a product; narrower ones are slower for each multiplication
 # Rows that are 2048 numbers apart all fall into the same few sets of a cache; a few more tell them
@@ -90,8 +92,11 @@ class UpperMoment:
 
     def add(self, x: Float[Tensor, "s d"]) -> None:
         """Rows more, in `dtype`."""
-        for rows, products in zip(_blocks(self._width), self._sums, strict=True):
-            products.open().addmm_(x[:, rows].mT, x[:, rows.start :])
+        columns = x.mT
+        if multiplies_by_onednn(columns, x):  # which else would lay them out for every block anew
+            columns = columns.contiguous()
+        for rows, into in zip(_blocks(self._width), self._sums, strict=True):
+            add_product(columns[rows], columns[rows.start :].mT, into.open())
 
     def close(self, into: Float64[Tensor, "d d"]) -> None:
         """Write the whole sum, as the last thing asked of it; each part is let go on the way."""

@@ -17,6 +17,7 @@ from influence.layers import Layer
 from influence.lowrank import LowRank
 from influence.objectives import training_loss
 from influence.passes import run_pass
+from influence.products import product
 from influence.scores import influence
 from influence.sequences import TokenBatch
 
@@ -114,9 +115,8 @@ def _cells(
     V: Float[Tensor, "d_out d_in"], io: LayerIO, num_positions: int
 ) -> Float[Tensor, " positions"]:
     """ds_tᵀ V [a_t; 1] of one sequence, at each of its positions."""
-    outputs = io.a @ V[:, : io.a.shape[-1]].mT
-    if io.has_bias:
-        outputs = outputs + V[:, -1]
+    bias = V[:, -1] if io.has_bias else None
+    outputs = product(io.a, V[:, : io.a.shape[-1]].mT, bias)
     columns = (outputs * io.ds).sum(dim=-1)
     return io.spread(columns.unsqueeze(0), num_positions)[0, 0]
 
