@@ -68,13 +68,17 @@ def ratios(
     return {name: Ratio(tuple(each)) for name, each in found.items()}
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], side_by_side: bool = False) -> float:
     """Time of a call; all that it queued on an accelerator is done.
 
     On the wall, or where one thread of a CPU does all the work, of the process on it: what other
     guests of the machine take is no part of the cost.
+
+    Args:
+        call: what is timed.
+        side_by_side: it has threads of its own, so that the wall alone tells.
     """
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available() and not side_by_side
     now = time.process_time if alone else time.perf_counter
     _synchronise()
     started = now()

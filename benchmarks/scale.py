@@ -105,7 +105,7 @@ def workers(setting: Setting, num_workers: int, repeats: int = REPEATS) -> float
 
     ratios = []
     for number in range(-1, repeats):
-        ratio = seconds(alone) / seconds(together)
+        ratio = seconds(alone, side_by_side=True) / seconds(together, side_by_side=True)
         if number >= 0:
             ratios.append(ratio)
     return statistics.median(ratios)

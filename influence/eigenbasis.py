@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.capture import LayerIO
-from influence.products import product, products
+from influence.products import joined, product, products
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class EigenBasis:
         self, io: LayerIO, shared: "RotatedInputs | None" = None
     ) -> Float[Tensor, "n {self.d_out} {self.d_in}"]:
         """Q_Sᵀ (Σ_t ds [a; 1]ᵀ) Q_A of every sequence."""
-        return torch.cat(list(self.rotated_gradients(io, shared)))
+        return joined(self.rotated_gradients(io, shared))
 
     def rotated_gradients(
         self, io: LayerIO, shared: "RotatedInputs | None" = None

@@ -8,7 +8,7 @@ shapes, never from a clock: equal runs give equal bits. Elsewhere all of this is
 `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off here as it does everywhere in PyTorch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -25,6 +25,7 @@ def prefers_onednn() -> bool:
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # which PyTorch does not promise to keep
         and bool(told.get("avx512_f"))
         and "AMD" in str(told.get("cpu_name"))
     )
@@ -43,7 +44,7 @@ def product(
     if x.ndim == 2:
         assert bias is None
         return _by_onednn(y.mT, x.mT).mT
-    return torch.cat(list(products(x, y)))
+    return joined(products(x, y))
 
 
 def products(x: Float[Tensor, "b m k"], y: Float[Tensor, "b k n"]) -> Iterator[Tensor]:
@@ -53,6 +54,12 @@ def products(x: Float[Tensor, "b m k"], y: Float[Tensor, "b k n"]) -> Iterator[T
         return
     for left, right in zip(x, y, strict=True):
         yield _by_onednn(left, right).unsqueeze(0)
+
+
+def joined(parts: Iterable[Float[Tensor, "_ m n"]]) -> Float[Tensor, "b m n"]:
+    """Parts of a batch as one; of a single part, that part."""
+    together = list(parts)
+    return together[0] if len(together) == 1 else torch.cat(together)
 
 
 def write_product(

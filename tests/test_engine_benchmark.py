@@ -327,5 +327,17 @@ def test_growth_is_kept_told_and_drawn(tmp_path, monkeypatch, capsys):
     assert (tmp_path / table.FOLDER / "growth.png").stat().st_size > 1000
 
 
+def test_workers_are_timed_on_the_wall_where_they_run_side_by_side(monkeypatch):
+    """By the time of the process two that work at once would take as long as one after another."""
+    works = clock.Work(lambda: time.sleep(0.1), 1)
+    monkeypatch.setattr(scale, "stream_work", lambda *_: works)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert 1.5 < scale.workers(phases.Setting(), 2, repeats=3) < 2.1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_every_phase_has_words():
     assert set(table.TOLD) == set(PHASES)
