@@ -206,9 +206,11 @@ def test_gradients_wait_within_the_memory_for_layers(root, monkeypatch):
 
     monkeypatch.setattr(Contractions, "finish", watched)
     found = []
+    # Of two workers the one shard takes one, and its core: the threads of one worker on all cores
+    # mostly wait for each other beside other tests.
     for sequences in (0.5, 3, 100):
         given = sections(sequences * one / 2**30)
-        runtime = given["runtime"] | {"tokens_per_batch": LENGTH, "workers": 1, "shards": 1}
+        runtime = given["runtime"] | {"tokens_per_batch": LENGTH, "workers": 2, "shards": 1}
         context = stage_context(root, "stream", **given | {"runtime": runtime})
         waited.clear()
         stream.run(context)
