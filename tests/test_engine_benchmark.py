@@ -307,6 +307,15 @@ def test_the_committed_page_is_what_was_measured():
     assert table.with_block(text, table.block(ROOT)) == text
 
 
+def test_what_is_measured_without_onednn_is_kept_apart(tmp_path):
+    about = {"model": "M", "length": 512, "layers": ["mlp"], "machine": "a machine", "sequences": 8}
+    line = about | {"phase": "lambda", "fb": 1.2}
+    table.keep(tmp_path, [line])
+    table.keep(tmp_path, [line | {"without_onednn": True, "fb": 1.5}])
+    found = {name: [each["fb"] for each in lines] for name, lines in table.read(tmp_path).items()}
+    assert found == {"M-512-mlp": [1.2], "M-512-mlp-without-onednn": [1.5]}
+
+
 def test_growth_is_kept_told_and_drawn(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/results.md").write_text("<!-- engine --><!-- /engine -->")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from influence.capture import LayerIO
-from influence.eigenbasis import EigenBasis
 from influence.factors import fit_factors
 from influence.layers import find_layers
 from influence.lowrank import LowRank
@@ -14,6 +13,7 @@ from influence.spectrum import fit_spectra
 from influence.streaming import stream
 from influence.subspace import SharedSubspace
 from tests.influence import families, models
+from tests.influence.test_eigenbasis import basis
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -31,12 +31,7 @@ def test_factors_and_spectra_of_a_narrow_pass_are_summed_in_float32_and_more(dty
     batches = [batch] * 10
     ios = pseudo_gradients(model, layers, batch, 0)
     factors = fit_factors(model, layers, batches, 0)
-    bases = {
-        layer.name: EigenBasis(
-            models.orthogonal(1, layer.d_in), models.orthogonal(2, layer.d_out)
-        ).to(dtype, "cpu")
-        for layer in layers
-    }
+    bases = {layer.name: basis(layer.d_in, layer.d_out).to(dtype, "cpu") for layer in layers}
     spectra = fit_spectra(model, layers, bases, batches, 0)
     for layer in layers:
         io, of = ios[layer.name], factors.of(layer)

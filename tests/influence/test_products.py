@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.clock import seconds
 from influence import products as module
 from influence.damping import RelativeDamping
-from influence.eigenbasis import EigenBasis
 from influence.ekfac import EKFACBlock
 from influence.experts import Route, RoutedLinear
 from influence.factors import Factors, fit_factors
@@ -28,6 +27,7 @@ from influence.streaming import stream_all
 from influence.sums import UpperMoment
 from tests.influence import families, models
 from tests.influence.mixtures import apart, fused
+from tests.influence.test_eigenbasis import basis
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN"
@@ -306,12 +306,7 @@ def everything(model: nn.Module) -> dict[str, Tensor]:
     batches = [models.batch(models.corpus(lengths=(9, 12, 16), prompt=3))]
     factors = fit_factors(model, layers, batches, 0)
     reached = [layer for layer in layers if layer.name in factors.outputs]
-    bases = {
-        layer.name: EigenBasis(
-            models.orthogonal(1, layer.d_in), models.orthogonal(2, layer.d_out)
-        ).to(dtype, "cpu")
-        for layer in reached
-    }
+    bases = {layer.name: basis(layer.d_in, layer.d_out).to(dtype, "cpu") for layer in reached}
     spectra = fit_spectra(model, reached, bases, batches, 0)
     solvers = {name: EKFACBlock(bases[name], spectra[name].values.to(dtype)) for name in bases}
     damping = RelativeDamping(0.1)
